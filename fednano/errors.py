@@ -1,0 +1,70 @@
+"""Exceptions that a user may see. Each message says what was got, what was expected, and what to do.
+
+::
+
+    FednanoError
+    ├── ConfigError      a setting is wrong: name, type, range or combination
+    ├── ModelError       a model cannot be loaded, split, or does not fit its adapter
+    ├── DataError        data is missing, cannot be decoded, or cannot be partitioned as asked
+    ├── HostError        the language host refused a call or cannot be reached
+    │   ├── HostUnavailable    nobody answers, even after retries
+    │   └── HostRefused        the host answered that the call is not acceptable
+    ├── UpdateRefused    a client's update failed validation and must not be merged
+    ├── TrainingDiverged a loss or a gradient stopped being finite
+    └── RunError         a run cannot start, resume or be read
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "FednanoError",
+    "HostError",
+    "HostRefused",
+    "HostUnavailable",
+    "ModelError",
+    "RunError",
+    "TrainingDiverged",
+    "UpdateRefused",
+]
+
+
+class FednanoError(Exception):
+    """Base of all errors that end in one message for the user instead of a stack trace."""
+
+
+class ConfigError(FednanoError):
+    """A setting is wrong: name, type, range or combination."""
+
+
+class ModelError(FednanoError):
+    """A model cannot be loaded or split, or does not fit its adapter."""
+
+
+class DataError(FednanoError):
+    """Data is missing, cannot be decoded, or cannot be partitioned as asked."""
+
+
+class HostError(FednanoError):
+    """The language host refused a call or cannot be reached."""
+
+
+class HostUnavailable(HostError):
+    """Nobody answers at the host's address, even after retries."""
+
+
+class HostRefused(HostError):
+    """The host answered that the call is not acceptable (shape, dtype, limits, token)."""
+
+
+class UpdateRefused(FednanoError):
+    """A client's update failed validation and must not be merged."""
+
+
+class TrainingDiverged(FednanoError):
+    """A loss or a gradient stopped being finite."""
+
+
+class RunError(FednanoError):
+    """A run cannot start, resume or be read."""
