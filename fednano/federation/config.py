@@ -1,0 +1,198 @@
+"""The settings of a run: flat, typed, validated where they are read.
+
+One dataclass serves every way to start a run: `fednano simulate` fills it from options, `flwr run` from
+``[tool.flwr.app.config]``, and each client receives it from the server inside its messages. Keys are written with
+hyphens outside of Python (``learning-rate``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fednano.errors import ConfigError
+
+__all__ = ["RunConfig", "Scalar"]
+
+Scalar = bool | int | float | str
+
+
+def _setting(default: Scalar, text: str) -> Any:
+    """A dataclass field with its one-line explanation, which help texts and docs show."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes, and where it writes.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the setting, the value and what is expected.
+    """
+
+    # What is tuned, on what
+    model: str = _setting(
+        "tiny", "'tiny' (in the package), a model folder, or a Hugging Face id of a LLaVA model"
+    )
+    dataset: str = _setting("easy-vqa", "'easy-vqa', or a folder with train.jsonl, test.jsonl and images")
+    clients: int = _setting(5, "number of clients in a simulation")
+    partition: str = _setting("dirichlet", "how a simulation divides the data: 'dirichlet' or 'iid'")
+    alpha: float = _setting(0.3, "Dirichlet concentration: small means each client sees few kinds of answers")
+    holdout: float = _setting(0.05, "share of a client's samples that it keeps for its own evaluation")
+    # The adapters
+    adapter: str = _setting("nano", "adapter family, by name")
+    rank: int = _setting(16, "adapter rank")
+    activation: str = _setting("linear", "non-linearity of the NanoAdapter: 'linear' or 'gelu'")
+    scale: float = _setting(1.0, "factor on the adapter's output")
+    streams: str = _setting("image,text", "where adapters stand: 'image', 'text' or 'image,text'")
+    # Local training
+    rounds: int = _setting(10, "federated rounds")
+    samples: int = _setting(300, "training samples per client and round")
+    batch_size: int = _setting(32, "samples per step")
+    optimizer: str = _setting("adam", "local optimiser: 'adam', 'adamw' or 'sgd'")
+    learning_rate: float = _setting(3e-3, "local learning rate")
+    weight_decay: float = _setting(0.0, "local weight decay")
+    proximal_mu: float = _setting(0.0, "FedProx: pull towards the round's starting adapters")
+    clip_norm: float = _setting(0.0, "largest gradient norm of a step; 0 = no clipping")
+    # Federation
+    rule: str = _setting("fedavg", "how updates are merged: 'fedavg' or 'fisher'")
+    fisher_samples: int = _setting(128, "samples for a client's diagonal Fisher")
+    fisher_floor: float = _setting(0.1, "least Fisher value, as a share of its mean")
+    fraction: float = _setting(1.0, "share of the clients that take part in each round")
+    min_replies: int = _setting(1, "a round with fewer valid updates keeps the old adapters")
+    max_abs: float = _setting(1e3, "an update with a larger absolute value is refused")
+    round_timeout: float = _setting(600.0, "seconds to wait for the updates of a round")
+    join_timeout: float = _setting(120.0, "seconds to wait for the clients to appear")
+    # Language model
+    placement: str = _setting(
+        "split", "'split': language model on the host; 'local': whole model at each client"
+    )
+    host_address: str = _setting("", "address of a running language host; empty = the server starts its own")
+    host_workers: int = _setting(2, "steps that the host computes at the same time")
+    host_retry: float = _setting(60.0, "seconds that a client tries to reach a host that does not answer")
+    wire_dtype: str = _setting(
+        "float32", "number format of activations on the wire: float32, bfloat16, float16"
+    )
+    device: str = _setting("cpu", "device of encoder and adapters: 'cpu' or 'cuda'")
+    threads: int = _setting(1, "torch threads per process; more threads can change the last bits")
+    # Evaluation
+    evaluate_every: int = _setting(1, "evaluate globally every so many rounds; 0 = only before and after")
+    evaluate_samples: int = _setting(1000, "test questions in the evaluations between rounds; 0 = all")
+    final_samples: int = _setting(0, "test questions in the first and last evaluation; 0 = all")
+    max_new_tokens: int = _setting(3, "longest answer, in tokens")
+    baselines: bool = _setting(False, "also run local-only, centralised, and the other merging rule")
+    # The run itself
+    seed: int = _setting(0, "same seed, same bits")
+    runs_dir: str = _setting("runs", "folder of the run folders")
+    cache_dir: str = _setting("", "folder for encoder features; empty = one inside the run folder")
+    resume: str = _setting("", "id or folder of a run to continue")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check_type(spec, getattr(self, spec.name))
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{_hyphen(name)} is {value}; expected at least {least}.")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{_hyphen(name)} is {value}; expected a positive number.")
+        for name in _NON_NEGATIVE:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{_hyphen(name)} is {value}; expected 0 or a positive number.")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{_hyphen(name)} is {value!r}; expected one of {', '.join(allowed)}.")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; expected a number above 0 and at most 1.")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
+        names = self.stream_names
+        if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
+            raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
+
+    @property
+    def stream_names(self) -> list[str]:
+        """The streams that carry an adapter."""
+        return [part.strip() for part in self.streams.split(",") if part.strip()]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Build from hyphenated keys; unknown keys are refused with the nearest known one.
+
+        Raises:
+            ConfigError: unknown key, wrong type, or a value out of range.
+        """
+        known = {_hyphen(spec.name): spec for spec in dataclasses.fields(cls)}
+        unknown = [key for key in values if _hyphen(key) not in known]
+        if unknown:
+            near = difflib.get_close_matches(_hyphen(unknown[0]), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known settings: {', '.join(sorted(known))}."
+            raise ConfigError(f"unknown setting {unknown[0]!r}.{hint}")
+        return cls(
+            **{known[_hyphen(key)].name: _widen(known[_hyphen(key)], value) for key, value in values.items()}
+        )
+
+    def to_mapping(self) -> dict[str, Scalar]:
+        """All settings under hyphenated keys."""
+        return {_hyphen(spec.name): getattr(self, spec.name) for spec in dataclasses.fields(self)}
+
+    def changed(self, **changes: Any) -> RunConfig:
+        """A copy with some settings replaced, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+_AT_LEAST = {
+    "clients": 1,
+    "rank": 1,
+    "rounds": 1,
+    "samples": 1,
+    "batch_size": 1,
+    "fisher_samples": 1,
+    "min_replies": 1,
+    "host_workers": 1,
+    "threads": 1,
+    "evaluate_every": 0,
+    "evaluate_samples": 0,
+    "final_samples": 0,
+    "max_new_tokens": 1,
+    "seed": 0,
+}
+_POSITIVE = ("alpha", "learning_rate", "max_abs", "round_timeout", "join_timeout", "host_retry")
+_NON_NEGATIVE = ("weight_decay", "proximal_mu", "clip_norm", "fisher_floor")
+_CHOICES = {
+    "partition": ("dirichlet", "iid"),
+    "activation": ("linear", "gelu"),
+    "optimizer": ("adam", "adamw", "sgd"),
+    "placement": ("split", "local"),
+    "wire_dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+def _hyphen(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _widen(spec: dataclasses.Field[Any], value: Any) -> Any:
+    """An integer is a fine way to write a whole float."""
+    if spec.type == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _check_type(spec: dataclasses.Field[Any], value: Any) -> None:
+    expected = {"bool": bool, "int": int, "float": float, "str": str}[str(spec.type)]
+    if type(value) is not expected:
+        raise ConfigError(
+            f"{_hyphen(spec.name)} is {value!r} ({type(value).__name__}); expected {expected.__name__}, "
+            f"for example {spec.default!r}."
+        )
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"{_hyphen(spec.name)} is {value}; expected a finite number.")

@@ -1,0 +1,228 @@
+"""What server and clients say to each other, as Flower records.
+
+Tensors travel as one safetensors blob inside an ``Array``: no pickle, any dtype (Flower's own NumPy arrays cannot
+carry bfloat16), and a header that is checked before anything is read. Everything else is a flat ``ConfigRecord`` or
+``MetricRecord``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fednano.errors import FednanoError, UpdateRefused
+from fednano.federation.config import RunConfig
+
+__all__ = [
+    "Failure",
+    "HostTicket",
+    "Instruction",
+    "Reply",
+    "decode_tensors",
+    "encode_tensors",
+    "record_bytes",
+]
+
+_STYPE = "fednano.safetensors"
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors of any shapes and dtypes as one record."""
+    blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return ArrayRecord({"tensors": Array(dtype="uint8", shape=(len(blob),), stype=_STYPE, data=blob)})
+
+
+def decode_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """Inverse of :func:`encode_tensors`.
+
+    Raises:
+        UpdateRefused: the record is not one that :func:`encode_tensors` makes.
+    """
+    if set(record) != {"tensors"} or record["tensors"].stype != _STYPE:
+        raise UpdateRefused(
+            f"got a record with the arrays {sorted(record)}; expected one array 'tensors' of type {_STYPE}."
+        )
+    try:
+        return load(record["tensors"].data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UpdateRefused(f"the update is not valid safetensors: {error}.") from error
+
+
+def record_bytes(content: RecordDict) -> int:
+    """Bytes that Flower puts on the wire for these records: the sum over the objects it transfers."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+@dataclass(frozen=True)
+class HostTicket:
+    """How a client reaches the run's language host.
+
+    Attributes:
+        address: ``host:port``; empty when no host is used (placement ``local``).
+        token: the run's token, which the host asks for.
+        root_certificates: PEM of the authority that signed the host's certificate; empty = plain text, which
+            client and host allow on the loopback interface only.
+        fingerprint: identity of the hosted weights.
+    """
+
+    address: str = ""
+    token: bytes = b""
+    root_certificates: bytes = b""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One request to a client.
+
+    Attributes:
+        config: the run's settings.
+        phase: name of the phase, such as ``"federated"`` or ``"local-only"``.
+        round: counted from 1; 0 outside of rounds.
+        ticket: how to reach the language host.
+        pool: train on the data of all simulated clients at once (the centralised baseline).
+        fisher: send the diagonal Fisher along with the update.
+        leaves: adapter leaves to start from.
+    """
+
+    config: RunConfig
+    phase: str
+    round: int
+    ticket: HostTicket
+    pool: bool
+    fisher: bool
+    leaves: dict[str, Tensor]
+
+    def to_records(self) -> RecordDict:
+        """As the content of a Flower message."""
+        return RecordDict(
+            {
+                "config": ConfigRecord(dict(self.config.to_mapping())),
+                "task": ConfigRecord(
+                    {
+                        "phase": self.phase,
+                        "round": self.round,
+                        "pool": self.pool,
+                        "fisher": self.fisher,
+                        "host-address": self.ticket.address,
+                        "host-token": self.ticket.token,
+                        "host-root": self.ticket.root_certificates,
+                        "host-fingerprint": self.ticket.fingerprint,
+                    }
+                ),
+                "leaves": encode_tensors(self.leaves),
+            }
+        )
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> Instruction:
+        """Inverse of :meth:`to_records`."""
+        task: Any = content.config_records["task"]
+        return cls(
+            config=RunConfig.from_mapping(dict(content.config_records["config"])),
+            phase=task["phase"],
+            round=task["round"],
+            ticket=HostTicket(
+                task["host-address"], task["host-token"], task["host-root"], task["host-fingerprint"]
+            ),
+            pool=task["pool"],
+            fisher=task["fisher"],
+            leaves=decode_tensors(content.array_records["leaves"]),
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client could not do what it was asked.
+
+    Attributes:
+        kind: class name of the error, such as ``"TrainingDiverged"``.
+        message: one line for the operator.
+    """
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer.
+
+    Attributes:
+        client: its stable name.
+        round: the round it answers.
+        metrics: plain numbers.
+        facts: plain strings, such as fingerprints.
+        leaves: trained leaves, or none.
+        fisher: diagonal Fisher, or none.
+        failure: set when the request failed; everything else may then be empty.
+    """
+
+    client: str
+    round: int
+    metrics: dict[str, float]
+    facts: dict[str, str]
+    leaves: dict[str, Tensor] | None = None
+    fisher: dict[str, Tensor] | None = None
+    failure: Failure | None = None
+
+    @classmethod
+    def failed(cls, client: str, round_number: int, error: FednanoError) -> Reply:
+        """A reply that carries an error instead of a result."""
+        return cls(client, round_number, {}, {}, failure=Failure(type(error).__name__, str(error)))
+
+    def to_records(self) -> RecordDict:
+        """As the content of a Flower message."""
+        head: dict[str, Any] = {"client": self.client, "round": self.round}
+        if self.failure is not None:
+            head |= {"error-kind": self.failure.kind, "error": self.failure.message}
+        content = RecordDict(
+            {
+                "head": ConfigRecord(head),
+                "facts": ConfigRecord(dict(self.facts)),
+                "metrics": MetricRecord({name: float(value) for name, value in self.metrics.items()}),
+            }
+        )
+        if self.leaves is not None:
+            content["leaves"] = encode_tensors(self.leaves)
+        if self.fisher is not None:
+            content["fisher"] = encode_tensors(self.fisher)
+        return content
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> Reply:
+        """Inverse of :meth:`to_records`.
+
+        Raises:
+            UpdateRefused: the reply does not have the expected records.
+        """
+        try:
+            head: Any = content.config_records["head"]
+            client, round_number = str(head["client"]), int(head["round"])
+            facts = {name: str(value) for name, value in content.config_records["facts"].items()}
+            metrics = {
+                name: float(value)
+                for name, value in content.metric_records["metrics"].items()
+                if isinstance(value, (int, float))
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise UpdateRefused(f"the reply lacks what every reply has ({error}).") from error
+        failure = Failure(str(head["error-kind"]), str(head["error"])) if "error" in head else None
+        arrays = content.array_records
+        return cls(
+            client=client,
+            round=round_number,
+            metrics=metrics,
+            facts=facts,
+            leaves=decode_tensors(arrays["leaves"]) if "leaves" in arrays else None,
+            fisher=decode_tensors(arrays["fisher"]) if "fisher" in arrays else None,
+            failure=failure,
+        )

@@ -1,0 +1,231 @@
+"""The client's side of the split: vision tower, connector, token embeddings, and the NanoAdapters behind them.
+
+FedNano (arXiv:2506.14824) calls encoder, connector and adapters together *NanoEdge*. Only the adapters train. The
+connector's output for an image therefore never changes, and is computed once (:mod:`fednano.training.features`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fednano.adapters import Adapter, AdapterLayer, Site
+from fednano.errors import ConfigError, DataError
+from fednano.models.prompt import Prompt, build_prompt
+
+__all__ = ["STREAMS", "Composed", "EdgePart", "NanoEdge"]
+
+STREAMS = ("image", "text")
+"""The two places where a NanoAdapter can stand: on the connector's output and on the token embeddings."""
+
+
+class EdgePart(nn.Module):
+    """Frozen parts that a client holds.
+
+    Attributes:
+        hidden_size: width ``d`` of the embeddings that go to the language model.
+        image_token_id: id of the image placeholder in a prompt.
+        fingerprint: hex SHA-256 of the weights; features computed by equal edges are interchangeable.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_tower: nn.Module,
+        connector: nn.Module,
+        token_embedding: nn.Module,
+        tokenizer: Any,
+        image_processor: Any,
+        image_token_id: int,
+        feature_layer: int | Sequence[int],
+        feature_strategy: str,
+        hidden_size: int,
+        fingerprint: str,
+    ) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.connector = connector
+        self.token_embedding = token_embedding
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_token_id = image_token_id
+        self.feature_layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        self.feature_strategy = feature_strategy
+        self.hidden_size = hidden_size
+        self.fingerprint = fingerprint
+        self.requires_grad_(False)
+
+    def preprocess(self, images: Sequence[Any]) -> Tensor:
+        """Images (PIL) to pixels ``(n, 3, height, width)`` by the model's own image processor."""
+        pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Vision tower and connector: pixels ``(n, 3, height, width)`` to features ``(n, image_tokens, d)``."""
+        weight = next(self.connector.parameters())
+        output = self.vision_tower(
+            pixels.to(weight.device, weight.dtype), output_hidden_states=True, return_dict=True
+        )
+        chosen = [output.hidden_states[layer] for layer in self.feature_layers]
+        if self.feature_strategy == "default":  # LLaVA's word for "without the class token"
+            chosen = [hidden[:, 1:] for hidden in chosen]
+        features: Tensor = self.connector(torch.cat(chosen, dim=-1))
+        return features
+
+    def prompt(self, question: str, answer: str | None, *, image: bool = True) -> Prompt:
+        """Token ids of one sample; see :func:`fednano.models.prompt.build_prompt`."""
+        return build_prompt(self.tokenizer, self.image_token_id, question, answer, image=image)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids ``(...)`` to embeddings ``(..., d)``."""
+        embeddings: Tensor = self.token_embedding(ids)
+        return embeddings
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One batch as the language model wants it, with what is needed to find each stream in it.
+
+    Attributes:
+        embeds: ``(B, T, d)`` adapted embeddings.
+        mask: ``(B, T)`` bool, true at real tokens.
+        labels: ``(B, T)`` int64, -100 where nothing is to be predicted.
+        raw: ``(B, T, d)`` the same embeddings before the adapters.
+        streams: stream name to ``(B, T)`` bool: the positions it adapts.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    labels: Tensor
+    raw: Tensor
+    streams: dict[str, Tensor]
+
+
+class NanoEdge(nn.Module):
+    """Edge part plus one adapter per stream; the adapters hold the only trainable parameters.
+
+    Args:
+        edge: the frozen part.
+        adapters: stream name (``"image"``, ``"text"``) to adapter. A stream without one passes unchanged.
+        seed: seed of the adapters' frozen and initial leaves; the same on all clients of a run.
+
+    Raises:
+        ConfigError: no adapter at all, or a stream that does not exist.
+    """
+
+    def __init__(self, edge: EdgePart, adapters: Mapping[str, Adapter], *, seed: int) -> None:
+        super().__init__()
+        unknown = sorted(set(adapters) - set(STREAMS))
+        if unknown or not adapters:
+            raise ConfigError(
+                f"adapters stand on the streams {unknown or 'none'}; expected some of {list(STREAMS)}."
+            )
+        self.edge = edge
+        self.layers = nn.ModuleDict(
+            {
+                stream: AdapterLayer(adapter, self.site(stream, edge.hidden_size), seed=seed)
+                for stream, adapter in adapters.items()
+            }
+        )
+
+    @staticmethod
+    def site(stream: str, hidden_size: int) -> Site:
+        """The bridge site of a stream: between edge and language model, with no base weight of its own."""
+        return Site(name=stream, kind="bridge", d_in=hidden_size, d_out=hidden_size)
+
+    def layer(self, stream: str) -> AdapterLayer:
+        """The adapter layer of a stream."""
+        found = self.layers[stream]
+        assert isinstance(found, AdapterLayer)
+        return found
+
+    def assemble(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> Composed:
+        """Put a batch together, before adaptation: right-padded, image features at their placeholders.
+
+        Args:
+            prompts: ``B`` tokenised samples.
+            features: for each, ``(image_tokens, d)`` connector output, or ``None`` when it has no image.
+        """
+        rows = [self._row(prompt, feature) for prompt, feature in zip(prompts, features, strict=True)]
+        length = max(row[0].shape[0] for row in rows)
+        width, device = self.edge.hidden_size, rows[0][0].device
+        raw = torch.zeros(len(rows), length, width, dtype=rows[0][0].dtype, device=device)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+        labels = torch.full((len(rows), length), -100, dtype=torch.long, device=device)
+        is_image = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
+        for index, (row, label, image) in enumerate(rows):
+            size = row.shape[0]
+            raw[index, :size], mask[index, :size] = row, True
+            labels[index, :size], is_image[index, :size] = label, image
+        return Composed(raw, mask, labels, raw, {"image": is_image, "text": mask & ~is_image})
+
+    def _row(self, prompt: Prompt, feature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        device = next(self.edge.token_embedding.parameters()).device
+        ids = torch.tensor(prompt.ids + prompt.answer, dtype=torch.long, device=device)
+        label = torch.full_like(ids, -100)
+        if prompt.answer:
+            label[len(prompt.ids) :] = ids[len(prompt.ids) :]
+        row = self.edge.embed(ids)
+        where = (ids == self.edge.image_token_id).nonzero().flatten().tolist()
+        if len(where) != int(feature is not None):
+            raise DataError(
+                f"a prompt has {len(where)} image placeholders but {int(feature is not None)} images; they must agree."
+            )
+        image = torch.zeros_like(ids, dtype=torch.bool)
+        if feature is None:
+            return row, label, image
+        at, count = where[0], feature.shape[0]
+        row = torch.cat([row[:at], feature.to(row), row[at + 1 :]])
+        label = torch.cat([label[:at], label.new_full((count,), -100), label[at + 1 :]])
+        image = torch.cat([image[:at], image.new_ones(count), image[at + 1 :]])
+        return row, label, image
+
+    def forward(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> Composed:
+        """Assemble a batch and adapt each stream; differentiable in the adapters' leaves."""
+        batch = self.assemble(prompts, features)
+        embeds = batch.raw
+        for stream in self.layers:
+            where = batch.streams[stream]  # (B, T)
+            if where.any():
+                rows = batch.raw[where]  # (N, d): an adapter sees its own positions and nothing else
+                embeds = embeds.masked_scatter(where.unsqueeze(-1), self.layer(stream)(rows))
+        return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams)
+
+    def parameter_count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def travelling(self) -> dict[str, Tensor]:
+        """Leaves that clients and server exchange, as ``"<stream>.<leaf>"``; detached copies."""
+        return {
+            f"{stream}.{leaf}": tensor
+            for stream in self.layers
+            for leaf, tensor in self.layer(stream).travelling().items()
+        }
+
+    def load_travelling(self, leaves: Mapping[str, Tensor]) -> None:
+        """Take over leaves from :meth:`travelling`.
+
+        Raises:
+            ConfigError: the leaves belong to another set of streams.
+        """
+        by_stream: dict[str, dict[str, Tensor]] = {stream: {} for stream in self.layers}
+        for name, tensor in leaves.items():
+            stream, _, leaf = name.partition(".")
+            if stream not in by_stream:
+                raise ConfigError(f"got a leaf {name!r}; this NanoEdge has the streams {sorted(by_stream)}.")
+            by_stream[stream][leaf] = tensor
+        for stream, group in by_stream.items():
+            self.layer(stream).load_travelling(group)
+
+    def basis_fingerprint(self) -> str:
+        """One hash over the frozen bases of all streams."""
+        import hashlib
+
+        joined = "|".join(f"{stream}:{self.layer(stream).fingerprint()}" for stream in sorted(self.layers))
+        return hashlib.sha256(joined.encode()).hexdigest()

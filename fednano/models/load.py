@@ -1,0 +1,197 @@
+"""Load one side of a LLaVA model, or both, through transformers' own classes.
+
+Each side is the real class built from a changed configuration: the edge has a decoder of zero layers, the language
+side a vision tower of zero layers. So transformers does all that is specific to a model: key conversion of old
+checkpoints, dtype, tied weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fednano.errors import ModelError
+from fednano.models.edge import EdgePart
+from fednano.models.files import ModelFiles, find_model, read_tensors
+from fednano.models.fingerprint import fingerprint
+from fednano.models.language import LanguagePart
+from fednano.models.quiet import quiet
+
+__all__ = ["load_edge", "load_language", "split_model"]
+
+_EDGE_KEYS = ("vision_tower.", "multi_modal_projector.", "embed_tokens.")
+_LANGUAGE_KEYS = ("language_model.", "lm_head.")
+
+
+def _config(files: ModelFiles) -> Any:
+    from transformers import AutoConfig, LlavaConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(files.folder))
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"the configuration of {files.name!r} cannot be read: {first}") from error
+    if not isinstance(config, LlavaConfig):
+        has_vision = hasattr(config, "vision_config")
+        kind = "a multimodal model of another family" if has_vision else "not a multimodal model"
+        raise ModelError(
+            f"{files.name!r} is {kind} (model_type {config.model_type!r}). Expected a LLaVA model "
+            "(model_type 'llava', class LlavaForConditionalGeneration), such as llava-hf/llava-1.5-7b-hf."
+        )
+    return config
+
+
+def _without_layers(config: Any) -> None:
+    """Cut a tower or decoder down to zero layers, in place."""
+    config.num_hidden_layers = 0
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = []
+    if hasattr(config, "max_window_layers"):
+        config.max_window_layers = 0
+
+
+def _build(files: ModelFiles, config: Any, keys: tuple[str, ...], dtype: torch.dtype) -> Any:
+    """The Hugging Face model of ``config`` filled with the checkpoint's tensors that match ``keys``."""
+    from transformers import LlavaForConditionalGeneration
+
+    tensors = read_tensors(files, lambda key: any(part in key for part in keys))
+    try:
+        with quiet():
+            model, info = LlavaForConditionalGeneration.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    except RuntimeError as error:
+        raise ModelError(f"the weights of {files.name!r} do not fit its configuration: {error}") from error
+    mismatched = info.get("mismatched_keys") or []
+    if mismatched:
+        raise ModelError(
+            f"the weights of {files.name!r} do not fit its configuration: {sorted(map(str, mismatched))[:3]}"
+        )
+    missing = sorted(key for key in info["missing_keys"] if any(part in key for part in keys))
+    if missing:
+        raise ModelError(
+            f"weights are missing: {files.name!r} lacks {len(missing)} tensors, among them {', '.join(missing[:3])}. "
+            "Fetch the model again, or check that the folder is complete."
+        )
+    model.requires_grad_(False).eval()
+    return model
+
+
+def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> EdgePart:
+    """Load the client's part: vision tower, connector and token embeddings. The decoder is never read.
+
+    Args:
+        name_or_path: ``"tiny"``, a folder, or a Hugging Face id.
+        dtype: dtype of the weights and of the embeddings that leave the edge.
+        device: where to put them.
+
+    Raises:
+        ModelError: unknown model, another kind of model, or missing weights.
+    """
+    files = find_model(name_or_path)
+    full = _config(files)
+    config = copy.deepcopy(full)
+    _without_layers(config.text_config)
+    # The head is the language side's; tying it to the embeddings keeps the class whole at no cost.
+    config.tie_word_embeddings = True
+    config.text_config.tie_word_embeddings = True
+    model = _build(files, config, _EDGE_KEYS, dtype)
+    return _edge_part(model, full, files).to(device)
+
+
+def load_language(
+    name_or_path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LanguagePart:
+    """Load the host's part: decoder and head. The vision tower is never read.
+
+    Args and errors as for :func:`load_edge`.
+    """
+    files = find_model(name_or_path)
+    config = copy.deepcopy(_config(files))
+    _without_layers(config.vision_config)
+    model = _build(files, config, _LANGUAGE_KEYS, dtype)
+    model.model.language_model.to(device)
+    model.lm_head.to(device)
+    return _language_part(model, files)
+
+
+def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
+    """Divide a loaded ``LlavaForConditionalGeneration`` into its two sides; both share its tensors.
+
+    Args:
+        model: the whole model; it is frozen and put into evaluation mode.
+        name_or_path: where tokenizer and image processor are found.
+    """
+    files = find_model(name_or_path)
+    model.requires_grad_(False).eval()
+    return _edge_part(model, model.config, files), _language_part(model, files)
+
+
+def _edge_part(model: Any, config: Any, files: ModelFiles) -> EdgePart:
+    from fednano.models.prompt import load_text_processor
+
+    inner = model.model
+    modules: dict[str, nn.Module] = {
+        "vision_tower": inner.vision_tower,
+        "connector": inner.multi_modal_projector,
+        "token_embedding": inner.language_model.get_input_embeddings(),
+    }
+    tokenizer = load_text_processor(files)
+    return EdgePart(
+        **modules,
+        tokenizer=tokenizer,
+        image_processor=_image_processor(files),
+        image_token_id=config.image_token_id,
+        feature_layer=config.vision_feature_layer,
+        feature_strategy=config.vision_feature_select_strategy,
+        hidden_size=config.text_config.hidden_size,
+        fingerprint=fingerprint(modules),
+    )
+
+
+def _image_processor(files: ModelFiles) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        with quiet():  # it advertises torchvision, which is not needed
+            return AutoImageProcessor.from_pretrained(files.repository or str(files.folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{files.name!r} has no image processor (preprocessor_config.json): {error}"
+        ) from error
+
+
+def _language_part(model: Any, files: ModelFiles) -> LanguagePart:
+    text = model.config.text_config
+    generation = getattr(model, "generation_config", None)
+    eos = _first(getattr(generation, "eos_token_id", None), text.eos_token_id, model.config.eos_token_id)
+    if eos is None:
+        eos = _tokenizer_id(files, "eos_token_id")
+    ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
+    pad = _first(getattr(generation, "pad_token_id", None), text.pad_token_id, model.config.pad_token_id)
+    if pad is None:
+        pad = ids[0] if ids else 0
+    decoder, head = model.model.language_model, model.lm_head
+    return LanguagePart(
+        decoder=decoder,
+        head=head,
+        hidden_size=text.hidden_size,
+        vocab_size=head.weight.shape[0],
+        max_positions=text.max_position_embeddings,
+        eos_token_ids=ids,
+        pad_token_id=pad,
+        fingerprint=fingerprint({"decoder": decoder.layers, "norm": decoder.norm, "head": head}),
+    )
+
+
+def _first(*candidates: Any) -> Any:
+    return next((value for value in candidates if value is not None), None)
+
+
+def _tokenizer_id(files: ModelFiles, attribute: str) -> Any:
+    from fednano.models.prompt import load_text_processor
+
+    return getattr(load_text_processor(files), attribute, None)

@@ -1,0 +1,151 @@
+"""Local training: some steps of one client's adapters against a language model it need not hold.
+
+The loop cannot tell a local model from a hosted one; both are a :class:`fednano.models.language.LanguageModel`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fednano.errors import ConfigError, TrainingDiverged
+from fednano.models.edge import NanoEdge
+from fednano.models.language import LanguageModel
+from fednano.training.data import ClientData, draw
+
+__all__ = ["OPTIMIZERS", "TrainOutcome", "TrainSettings", "train_local"]
+
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What one client does in one round.
+
+    Attributes:
+        samples: training samples a round.
+        batch_size: samples a step; the last step may be smaller.
+        optimizer: a name in :data:`OPTIMIZERS`; its state starts afresh each round.
+        learning_rate: step size.
+        weight_decay: passed to the optimiser.
+        proximal_mu: weight of FedProx's term ``mu/2 |theta - theta_round|^2`` (arXiv:1812.06127); 0 switches it off.
+        clip_norm: largest gradient norm of a step; 0 switches clipping off.
+        objective: loss asked of the language model.
+    """
+
+    samples: int = 300
+    batch_size: int = 32
+    optimizer: str = "adam"
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+    clip_norm: float = 0.0
+    objective: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer is {self.optimizer!r}; expected one of {sorted(OPTIMIZERS)}.")
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate}; expected a positive number such as 0.003."
+            )
+        for name in ("weight_decay", "proximal_mu", "clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} is {value}; expected 0 or a positive number.")
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What happened in one client's round.
+
+    Attributes:
+        loss: mean loss over the samples, as they were met.
+        samples: samples trained on.
+        steps: optimiser steps.
+        seconds: wall time.
+    """
+
+    loss: float
+    samples: int
+    steps: int
+    seconds: float
+
+
+def train_local(
+    edge: NanoEdge,
+    llm: LanguageModel,
+    data: ClientData,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    client: str,
+    round_number: int,
+) -> TrainOutcome:
+    """Train the adapters of ``edge`` in place for one round.
+
+    Args:
+        edge: NanoEdge with the round's starting adapters.
+        llm: the frozen language model, here or on a host.
+        data: the client's samples.
+        settings: how much and how.
+        seed: the run's seed; with ``client`` and ``round_number`` it fixes the samples drawn.
+        client: the client's stable name.
+        round_number: counted from 1.
+
+    Raises:
+        TrainingDiverged: a loss or a gradient is not finite; the adapters are left as they were before that step.
+        HostError: the language host refuses a step or is gone.
+    """
+    started = time.perf_counter()
+    parameters = [parameter for parameter in edge.parameters() if parameter.requires_grad]
+    anchor = [parameter.detach().clone() for parameter in parameters]
+    optimizer = OPTIMIZERS[settings.optimizer](
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    order = draw(
+        len(data), settings.samples, seed=seed, client=client, start=(round_number - 1) * settings.samples
+    )
+    total, steps = 0.0, 0
+    for start in range(0, len(order), settings.batch_size):
+        prompts, features = data.batch(order[start : start + settings.batch_size])
+        batch = edge(prompts, features)
+        losses: Tensor = llm.loss(batch.embeds, batch.mask, batch.labels, settings.objective)  # (B,)
+        optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        if settings.proximal_mu:
+            for parameter, origin in zip(parameters, anchor, strict=True):
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.detach() - origin, alpha=settings.proximal_mu)
+        _check_finite(losses, parameters, client=client, round_number=round_number, step=steps + 1)
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        total += float(losses.detach().sum())
+        steps += 1
+    return TrainOutcome(total / len(order), len(order), steps, time.perf_counter() - started)
+
+
+def _check_finite(
+    losses: Tensor, parameters: list[torch.nn.Parameter], *, client: str, round_number: int, step: int
+) -> None:
+    finite = bool(torch.isfinite(losses.detach()).all()) and all(
+        bool(torch.isfinite(parameter.grad).all()) for parameter in parameters if parameter.grad is not None
+    )
+    if not finite:
+        raise TrainingDiverged(
+            f"client {client}, round {round_number}, step {step}: the loss is {float(losses.detach().mean())} or its "
+            "gradient is not finite. Lower the learning rate, or set a clip norm."
+        )
