@@ -1,0 +1,245 @@
+"""What every adapter inherits: everything that follows from its leaves and its delta.
+
+A family writes `trainable` (metadata) and `delta`; frozen leaves if it has them; and a `path` that never
+forms the delta if its algebra allows. One level of inheritance, no state.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fednano.adapters import philox, sites
+from fednano.adapters.protocol import Algebra, Basis, Kind, Leaf, Site, Tensors
+from fednano.errors import ConfigError, ModelError
+
+__all__ = ["ALL_KINDS", "Method"]
+
+ALL_KINDS: frozenset[Kind] = frozenset(("linear", "conv2d", "embedding", "bridge"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Base of the adapters.
+
+    Attributes:
+        personal: names of trainable leaves that stay at the client and never travel.
+        dropout: probability of dropping an input element of the path while training.
+    """
+
+    name: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[Kind]] = ALL_KINDS
+    instead: ClassVar[str] = "lora"  # named in the message when a site's kind is not supported
+
+    personal: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"adapter {self.name!r}: got dropout={self.dropout}; expected 0 <= dropout < 1")
+        rank = getattr(self, "rank", 1)
+        if rank < 1:
+            raise ConfigError(f"adapter {self.name!r}: got rank={rank}; expected rank >= 1")
+        self.validate()
+
+    def validate(self) -> None:  # noqa: B027 - most adapters have nothing more to check
+        """Check options that do not depend on a site; called at construction."""
+
+    @property
+    @abc.abstractmethod
+    def algebra(self) -> Algebra:
+        """What the delta is in the shared leaves."""
+
+    @property
+    def basis(self) -> Basis:
+        """Where the frozen leaves come from."""
+        return Basis.NONE
+
+    @property
+    def spec(self) -> str:
+        """Canonical text of name and options."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps({"adapter": self.name, **values}, sort_keys=True)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the change is one matrix."""
+        return True
+
+    @property
+    def starts_off_zero(self) -> bool:
+        """Whether the change differs from zero before training, by design."""
+        return False
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether ``path`` is the whole layer and the base weight is not used."""
+        return False
+
+    def check(self, site: Site) -> None:
+        """Raise if the adapter cannot sit at the site.
+
+        Raises:
+            ModelError: the site's kind is not supported.
+            ConfigError: the rank exceeds min(d_in, d_out).
+        """
+        if site.kind not in self.kinds:
+            raise ModelError(
+                f"adapter {self.name!r} cannot sit on {site.kind} site {site.name!r}; it supports "
+                f"{', '.join(sorted(self.kinds))}. Choose other sites, or an adapter such as {self.instead!r}"
+            )
+        rank = getattr(self, "rank", 1)
+        if rank > site.full_rank:
+            raise ConfigError(
+                f"adapter {self.name!r}: got rank={rank} at site {site.name!r}; expected rank <= "
+                f"min(d_in={site.d_in}, d_out={site.d_out}) = {site.full_rank}"
+            )
+        if self.dropout and site.kind == "embedding":
+            raise ConfigError(
+                f"adapter {self.name!r}: got dropout={self.dropout} at embedding site {site.name!r}; "
+                "token ids cannot be "
+                "dropped: set dropout=0"
+            )
+
+    @abc.abstractmethod
+    def trainable(self, site: Site) -> dict[str, Leaf]:
+        """Trainable leaves, before `personal` is applied."""
+
+    def frozen(self, site: Site) -> dict[str, Leaf]:
+        """Frozen leaves, as `freeze` will return them."""
+        return {}
+
+    def leaves(self, site: Site) -> dict[str, Leaf]:
+        """Trainable leaves of a site: metadata only, nothing is allocated.
+
+        Raises:
+            ModelError: the site's kind is not supported.
+            ConfigError: the rank does not fit, or ``personal`` names no leaf.
+        """
+        self.check(site)
+        found = self.trainable(site)
+        for name in self.personal:
+            if name not in found:
+                raise ConfigError(
+                    f"adapter {self.name!r}: personal leaf {name!r} does not exist; leaves: "
+                    f"{', '.join(found)}"
+                )
+        return {
+            name: dataclasses.replace(leaf, role="personal") if name in self.personal else leaf
+            for name, leaf in found.items()
+        }
+
+    def freeze(
+        self, site: Site, weight: Tensor | None, seed: int, stats: Mapping[str, Tensor] | None
+    ) -> Tensors:
+        """Compute the frozen leaves on the CPU: here, for leaves that have a seeded init.
+
+        Args:
+            site: the site.
+            weight: ``(d_out, d_in)`` or None.
+            seed: the run's seed.
+            stats: statistics gathered for the site, such as ``gradient`` ``(d_out, d_in)``.
+        """
+        return self._draw(site, self.frozen(site), seed, {})
+
+    def start(self, site: Site, seed: int, basis: Tensors) -> Tensors:
+        """Initial trainable leaves, on the CPU."""
+        return self._draw(site, self.leaves(site), seed, basis)
+
+    def compute(self, site: Site, name: str, basis: Tensors) -> Tensor:
+        """Initial value of a leaf whose init is ``computed``."""
+        raise NotImplementedError(f"{self.name} declares {name!r} as computed and does not compute it")
+
+    def _draw(self, site: Site, leaves: Mapping[str, Leaf], seed: int, basis: Tensors) -> Tensors:
+        drawn: Tensors = {}
+        for name, leaf in leaves.items():
+            owner = site.group if leaf.scope == "group" and site.group else site.name
+            k, scale = philox.key(seed, owner, name), leaf.init.scale
+            if leaf.init.kind == "zeros":
+                drawn[name] = torch.zeros(leaf.shape, dtype=leaf.dtype)
+            elif leaf.init.kind == "constant":
+                drawn[name] = torch.full(leaf.shape, scale, dtype=leaf.dtype)
+            elif leaf.init.kind == "uniform":
+                drawn[name] = philox.uniform(k, leaf.shape, scale)
+            elif leaf.init.kind == "normal":
+                drawn[name] = philox.normal(k, leaf.shape, scale)
+            else:
+                drawn[name] = self.compute(site, name, basis).to(leaf.dtype).clone()
+        return drawn
+
+    def derive(self, site: Site, basis: Tensors) -> Tensors:
+        """Tables that follow from the basis and need neither shipping nor hashing."""
+        return {}
+
+    @abc.abstractmethod
+    def delta(self, site: Site, theta: Tensors, basis: Tensors, weight: Tensor | None) -> Tensor:
+        """The change ``(d_out, d_in)``.
+
+        Raises:
+            ModelError: the change is not one matrix (``mergeable`` is False).
+        """
+
+    def path(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors, weight: Tensor | None) -> Tensor:
+        """What the change adds to the output; here through the dense delta."""
+        return sites.apply(site, x, self.delta(site, theta, basis, weight))
+
+    def forward(
+        self,
+        site: Site,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor] | None,
+        theta: Tensors,
+        basis: Tensors,
+        *,
+        weight: Tensor | None,
+        training: bool,
+    ) -> Tensor:
+        """``base(x) + path(x)``. The path runs in the leaves' dtype and returns in the base's.
+
+        Args:
+            site: the site.
+            x: input, see `sites.apply`.
+            base: the frozen layer; None where the path is the whole output.
+            theta: trainable leaves.
+            basis: frozen leaves and derived tables.
+            weight: ``(d_out, d_in)`` or None.
+            training: whether dropout is active.
+        """
+        inside = x
+        if x.is_floating_point():
+            inside = x.to(next(iter(theta.values())).dtype)
+            if self.dropout:
+                inside = F.dropout(inside, self.dropout, training)
+        extra = self.path(site, inside, theta, basis, weight)
+        if base is None:
+            return extra.to(x.dtype) if x.is_floating_point() else extra
+        out = base(x)
+        return out + extra.to(out.dtype)
+
+    def resize(
+        self, site: Site, theta: Tensors, basis: Tensors, *, rank: int, weight: Tensor | None, seed: int
+    ) -> tuple[Method, Tensors, Tensors]:
+        """Another rank.
+
+        Args:
+            site: the site.
+            theta: trainable leaves.
+            basis: frozen leaves.
+            rank: the new rank.
+            weight: ``(d_out, d_in)`` or None; needed to grow a basis that comes from the weight.
+            seed: the run's seed, for what is new.
+
+        Returns:
+            ``(adapter, theta, basis)`` of the new rank; ranks that stay keep their function.
+
+        Raises:
+            ConfigError: the method has no rank to change.
+        """
+        raise ConfigError(f"adapter {self.name!r} has no rank that can be changed; create a new one instead")
