@@ -1,1 +1,29 @@
-"""To be filled."""
+"""Merging updates: pure functions and streaming accumulators over named leaves.
+
+Knows neither Flower nor gRPC. Start with `create_rule`, `Spec`, `Update` and `validate`.
+"""
+
+from fednano.aggregation.fixedpoint import FixedSum, Grid
+from fednano.aggregation.registry import create_rule, rule_class, rule_names
+from fednano.aggregation.rule import Aggregator, Capability, Rule, State
+from fednano.aggregation.update import LeafSpec, Leaves, Product, Reason, Refusal, Spec, Update, validate
+
+__all__ = [
+    "Aggregator",
+    "Capability",
+    "FixedSum",
+    "Grid",
+    "LeafSpec",
+    "Leaves",
+    "Product",
+    "Reason",
+    "Refusal",
+    "Rule",
+    "Spec",
+    "State",
+    "Update",
+    "create_rule",
+    "rule_class",
+    "rule_names",
+    "validate",
+]

@@ -1,0 +1,50 @@
+"""Rules by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fednano.aggregation.fisher import FisherMerge
+from fednano.aggregation.mean import FedAvg, FedProx
+from fednano.aggregation.rule import Rule
+from fednano.errors import ConfigError
+
+__all__ = ["create_rule", "rule_class", "rule_names"]
+
+_RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (FedAvg, FedProx, FisherMerge)}
+
+
+def rule_names() -> list[str]:
+    """Names of all rules, sorted."""
+    return sorted(_RULES)
+
+
+def rule_class(name: str) -> type[Rule]:
+    """The class of a rule.
+
+    Raises:
+        ConfigError: no rule has that name.
+    """
+    if name not in _RULES:
+        raise ConfigError(f"no aggregation rule is called {name!r}; there are: {', '.join(rule_names())}")
+    return _RULES[name]
+
+
+def create_rule(name: str, **options: Any) -> Rule:
+    """A rule by name.
+
+    Args:
+        name: one of `rule_names`.
+        options: the rule's own options; see its class.
+
+    Raises:
+        ConfigError: unknown name, unknown option, or an option out of range.
+    """
+    cls = rule_class(name)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # every rule is a dataclass
+    unknown = sorted(set(options) - known)
+    if unknown:
+        has = ", ".join(sorted(known)) if known else "none"
+        raise ConfigError(f"rule {name!r} has no option {', '.join(unknown)}; its options: {has}")
+    return cls(**options)

@@ -1,0 +1,379 @@
+"""What a client sends after local training, what the server expects of it, and the check between the two.
+
+Leaves are keyed ``"<site>.<leaf>"``. Where two leaves form a product (every low-rank adapter), the
+specification says so with a `Product`: ``delta = scale * left @ right``. LoRA keeps ``B (d_out, r)`` on the
+left and ``A (r, d_in)`` on the right; a NanoAdapter works on rows and keeps ``A (d, r)`` on the left and
+``B (r, d)`` on the right. Rules that merge products need only left and right.
+"""
+
+# ruff: noqa: A002 - `round` is the field's own word for what it names
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fednano.errors import ConfigError, UpdateRefused
+
+__all__ = ["LeafSpec", "Leaves", "Product", "Reason", "Refusal", "Spec", "Update", "validate"]
+
+Leaves = dict[str, Tensor]
+
+Reason = Literal[
+    "spec",  # another adapter configuration
+    "basis",  # another frozen basis
+    "round",  # not this round's update
+    "schema",  # leaves missing, unknown, or of a wrong shape or dtype
+    "rank",  # a rank that is not admitted, or not the one the client had
+    "scale",  # a product scale that is zero or not finite
+    "weight",  # a weight that is not positive, not finite, or out of range
+    "nonfinite",  # NaN or infinity
+    "norm",  # a value or a norm above the bound
+    "fisher",  # missing, negative or useless Fisher
+    "metric",  # a number the rule needs (loss, steps) is missing or not usable
+    "duplicate",  # the client has already been merged in this round
+    "capacity",  # more clients than the accumulators admit
+    "codec",  # the encoded form cannot be decoded
+]
+
+
+class Refusal(UpdateRefused):
+    """An update that must not be merged.
+
+    Attributes:
+        reason: one word for metrics and logs, see `Reason`.
+        client: who sent it.
+    """
+
+    def __init__(self, reason: Reason, message: str, client: str = "") -> None:
+        super().__init__(f"update of client {client!r} refused ({reason}): {message}" if client else message)
+        self.reason: Reason = reason
+        self.client = client
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """Shape and dtype of one leaf."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the leaf without any encoding."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Product:
+    """Two leaves that act as ``delta = scale * left @ right``.
+
+    Attributes:
+        left: name of the leaf of shape ``(m, r)``.
+        right: name of the leaf of shape ``(r, n)``.
+        scale: factor of the global adapter's own delta (``alpha / r`` for LoRA).
+        down: which side reads the layer's input, "left" or "right". It is the side that starts random (LoRA's A),
+            which rules that freeze or share one factor must know. Empty: taken from the leaf named ``A`` or ``down``.
+    """
+
+    left: str
+    right: str
+    scale: float = 1.0
+    down: str = ""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.scale == 0.0:
+            raise ConfigError(
+                f"product {self.left} @ {self.right}: got scale {self.scale}, expected finite and not 0"
+            )
+        if not self.down:
+            last = {
+                side: name.rsplit(".", 1)[-1] for side, name in (("left", self.left), ("right", self.right))
+            }
+            found = [side for side, leaf in last.items() if leaf in ("A", "down")]
+            object.__setattr__(self, "down", found[0] if len(found) == 1 else "unknown")
+        if self.down not in ("left", "right", "unknown"):
+            raise ConfigError(
+                f"product {self.left} @ {self.right}: got down={self.down!r}, expected 'left' or 'right'"
+            )
+
+    def _side(self, want_down: bool) -> str:
+        if self.down == "unknown":
+            raise ConfigError(
+                f"product {self.left} @ {self.right}: cannot tell which factor reads the input; "
+                "pass Product(..., down='left') or down='right'"
+            )
+        return self.left if (self.down == "left") == want_down else self.right
+
+    @property
+    def A(self) -> str:  # noqa: N802 - the field's name for the factor
+        """Name of the factor that reads the input and starts random."""
+        return self._side(True)
+
+    @property
+    def B(self) -> str:  # noqa: N802
+        """Name of the factor that writes the output and starts at zero."""
+        return self._side(False)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the server expects of every update of a run, and the bounds its accumulators are built for.
+
+    Attributes:
+        leaves: shape and dtype of each travelling leaf of the global adapter.
+        algebra: "affine", "multilinear" or "nonlinear": the adapter's delta as a function of its leaves.
+        products: site name to the product its leaves form; empty for adapters that are not products.
+        spec: fingerprint of the adapter configuration; an update must carry the same.
+        basis: fingerprint of the frozen basis; an update must carry the same.
+        max_clients: updates that one round may merge. Fixes the fixed-point step, see `fixedpoint`.
+        max_abs: bound on the absolute value of any leaf's element.
+        max_weight: bound on an update's weight (its number of samples, say).
+        max_norm: optional bound on the Euclidean norm of all leaves of an update together.
+        rank_limit: None: ranks must be those of `leaves`. A number: a client's products may have any rank up to it.
+    """
+
+    leaves: Mapping[str, LeafSpec]
+    algebra: str = "multilinear"
+    products: Mapping[str, Product] = field(default_factory=dict)
+    spec: str = ""
+    basis: str = ""
+    max_clients: int = 2048
+    max_abs: float = 32.0
+    max_weight: float = 65536.0
+    max_norm: float | None = None
+    rank_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.leaves:
+            raise ConfigError("a Spec without leaves: nothing would travel; give at least one leaf")
+        if self.algebra not in ("affine", "multilinear", "nonlinear"):
+            raise ConfigError(
+                f"algebra: got {self.algebra!r}, expected 'affine', 'multilinear' or 'nonlinear'"
+            )
+        if self.max_clients < 1:
+            raise ConfigError(f"max_clients: got {self.max_clients}, expected at least 1")
+        for name in ("max_abs", "max_weight", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0.0):
+                raise ConfigError(f"{name}: got {value}, expected a positive finite number")
+        if self.rank_limit is not None and self.rank_limit < 1:
+            raise ConfigError(f"rank_limit: got {self.rank_limit}, expected None or at least 1")
+        for name, leaf in self.leaves.items():
+            if not leaf.dtype.is_floating_point:
+                raise ConfigError(
+                    f"leaf {name}: got dtype {leaf.dtype}, expected a floating dtype (indices do not travel up)"
+                )
+        for site, product in self.products.items():
+            for side in (product.left, product.right):
+                if side not in self.leaves or len(self.leaves[side].shape) != 2:
+                    raise ConfigError(f"product of site {site!r}: leaf {side!r} must exist and be a matrix")
+            if self.leaves[product.left].shape[1] != self.leaves[product.right].shape[0]:
+                raise ConfigError(
+                    f"product of site {site!r}: {product.left} {self.leaves[product.left].shape} and "
+                    f"{product.right} {self.leaves[product.right].shape} cannot be multiplied"
+                )
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all leaves."""
+        return sum(leaf.numel for leaf in self.leaves.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves without any encoding."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def rank(self, site: str) -> int:
+        """Rank of a site's product in the global adapter."""
+        return self.leaves[self.products[site].left].shape[1]
+
+    def restrict(self, names: Iterable[str]) -> Spec:
+        """The same specification for some of the leaves; products that lose a factor are dropped."""
+        keep = set(names)
+        return replace(
+            self,
+            leaves={k: v for k, v in self.leaves.items() if k in keep},
+            products={s: p for s, p in self.products.items() if p.left in keep and p.right in keep},
+        )
+
+    def rank_axes(self) -> dict[str, tuple[str, int]]:
+        """Leaf name to its site and the axis along which the rank runs."""
+        axes: dict[str, tuple[str, int]] = {}
+        for site, product in self.products.items():
+            axes[product.left] = (site, 1)
+            axes[product.right] = (site, 0)
+        return axes
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends after local training.
+
+    Attributes:
+        client: stable name of the client; rules that must see all updates sort by it.
+        round: the round it was trained for.
+        weight: positive; usually its number of samples. Weights may sum to anything.
+        leaves: name to tensor, shapes as in the `Spec` (but for the rank, where that is admitted).
+        fisher: name to the diagonal Fisher information, same shapes, not negative; None if not computed.
+        spec: fingerprint of the adapter configuration it was trained with.
+        basis: fingerprint of the frozen basis it was trained with.
+        scales: site to the client's own product scale; a site not named has the scale of the `Spec`.
+        metrics: numbers that some rules need: "loss" (q-FedAvg), "steps" and "lr" (SCAFFOLD).
+    """
+
+    client: str
+    round: int
+    weight: float
+    leaves: Leaves
+    fisher: Leaves | None = None
+    spec: str = ""
+    basis: str = ""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def scale(self, site: str, product: Product) -> float:
+        """The client's own scale at a site."""
+        return float(self.scales.get(site, product.scale))
+
+
+def validate(
+    update: Update,
+    spec: Spec,
+    *,
+    round: int,
+    names: Iterable[str] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    needs_fisher: bool = False,
+) -> None:
+    """Check everything about an update that can be checked without the others.
+
+    Args:
+        update: what the client sent.
+        spec: what is expected.
+        round: the round being merged; an update of any other round is refused.
+        names: the leaves that travel in this round (`Rule.travelling`); None: all leaves of the spec.
+        ranks: site to the rank this client had before, if it had one; a change is refused.
+        needs_fisher: refuse an update without Fisher.
+
+    Raises:
+        Refusal: with the machine-readable reason.
+    """
+
+    def refuse(reason: Reason, message: str) -> Refusal:
+        return Refusal(reason, message, update.client)
+
+    if update.spec != spec.spec:
+        raise refuse("spec", f"trained with adapter {update.spec!r}, this run has {spec.spec!r}")
+    if update.basis != spec.basis:
+        raise refuse("basis", f"trained on frozen basis {update.basis!r}, this run has {spec.basis!r}")
+    if update.round != round:
+        raise refuse("round", f"trained for round {update.round}, this is round {round}")
+    if not (math.isfinite(update.weight) and 0.0 < update.weight <= spec.max_weight):
+        raise refuse("weight", f"got weight {update.weight}, expected above 0 and at most {spec.max_weight}")
+    expected = set(spec.leaves if names is None else names)
+    if set(update.leaves) != expected:
+        missing, unknown = sorted(expected - set(update.leaves)), sorted(set(update.leaves) - expected)
+        raise refuse("schema", f"missing leaves {missing}, unknown leaves {unknown}")
+    _check_shapes(update, spec, ranks)
+    square = 0.0
+    for name, leaf in update.leaves.items():
+        square += _check_values(name, leaf, spec.max_abs, update.client)
+    if spec.max_norm is not None and square > spec.max_norm**2:
+        raise refuse("norm", f"norm of all leaves is {math.sqrt(square):.6g}, bound is {spec.max_norm:.6g}")
+    if update.fisher is not None:
+        _check_fisher(update)
+    elif needs_fisher:
+        raise refuse("fisher", "no Fisher information was sent, and the rule needs it")
+
+
+def _check_shapes(update: Update, spec: Spec, ranks: Mapping[str, int] | None) -> None:
+    axes = spec.rank_axes()
+    seen: dict[str, int] = {}
+    for name, leaf in update.leaves.items():
+        want = spec.leaves[name]
+        if leaf.dtype != want.dtype:
+            raise Refusal("schema", f"leaf {name} is {leaf.dtype}, expected {want.dtype}", update.client)
+        if name not in axes:
+            if tuple(leaf.shape) != want.shape:
+                raise Refusal(
+                    "schema", f"leaf {name} is {tuple(leaf.shape)}, expected {want.shape}", update.client
+                )
+            continue
+        site, axis = axes[name]
+        if leaf.ndim != 2 or leaf.shape[1 - axis] != want.shape[1 - axis]:
+            raise Refusal(
+                "schema", f"leaf {name} is {tuple(leaf.shape)}, expected {want.shape}", update.client
+            )
+        rank = int(leaf.shape[axis])
+        if seen.setdefault(site, rank) != rank:
+            raise Refusal(
+                "rank", f"the factors of site {site} have ranks {seen[site]} and {rank}", update.client
+            )
+        if spec.rank_limit is None and rank != want.shape[axis]:
+            raise Refusal("rank", f"site {site} has rank {rank}, expected {want.shape[axis]}", update.client)
+        if spec.rank_limit is not None and not 1 <= rank <= spec.rank_limit:
+            raise Refusal(
+                "rank", f"site {site} has rank {rank}, expected 1 to {spec.rank_limit}", update.client
+            )
+        if ranks is not None and ranks.get(site, rank) != rank:
+            raise Refusal(
+                "rank", f"site {site} had rank {ranks[site]} before and has {rank} now", update.client
+            )
+    for site, scale in update.scales.items():
+        if site not in spec.products:
+            raise Refusal("scale", f"a scale for {site!r}, which is no product site", update.client)
+        if not math.isfinite(scale) or scale == 0.0:
+            raise Refusal("scale", f"site {site} has scale {scale}, expected finite and not 0", update.client)
+
+
+def _check_values(name: str, leaf: Tensor, bound: float, client: str) -> float:
+    """Refuse values that are not finite or above the bound. Returns the sum of squares of the leaf."""
+    flat = leaf.detach().reshape(-1)
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()
+    square = float(torch.dot(flat, flat))
+    # The sum of squares is one fast pass and bounds every element, so the common case needs nothing else. It may
+    # overflow on large but finite values: then look at the elements themselves.
+    if square <= bound * bound:
+        return square
+    top = float(flat.abs().max()) if flat.numel() else 0.0
+    if not math.isfinite(top):
+        raise Refusal("nonfinite", f"leaf {name} holds NaN or infinity", client)
+    if top > bound:
+        raise Refusal("norm", f"leaf {name} holds {top:.6g}, bound on absolute values is {bound:.6g}", client)
+    return square
+
+
+def _check_fisher(update: Update) -> None:
+    assert update.fisher is not None
+    if set(update.fisher) != set(update.leaves):
+        raise Refusal("fisher", "the Fisher's leaves are not the update's leaves", update.client)
+    for name, fisher in update.fisher.items():
+        if fisher.shape != update.leaves[name].shape or not fisher.dtype.is_floating_point:
+            raise Refusal(
+                "fisher",
+                f"Fisher of {name} is {tuple(fisher.shape)} {fisher.dtype}, "
+                f"expected {tuple(update.leaves[name].shape)} floating",
+                update.client,
+            )
+        if fisher.numel() == 0:
+            continue
+        low, high = (float(v) for v in torch.aminmax(fisher))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise Refusal("fisher", f"Fisher of {name} holds NaN or infinity", update.client)
+        if low < 0.0:
+            raise Refusal(
+                "fisher",
+                f"Fisher of {name} holds {low:.6g}; a Fisher information is never negative",
+                update.client,
+            )
