@@ -3,6 +3,7 @@
 Knows neither Flower nor gRPC. Start with `create_rule`, `Spec`, `Update` and `validate`.
 """
 
+from fednano.aggregation.capability import algebra_name, check_combination, default_rule, rule_table
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.registry import create_rule, rule_class, rule_names
 from fednano.aggregation.rule import Aggregator, Capability, Rule, State
@@ -22,8 +23,12 @@ __all__ = [
     "Spec",
     "State",
     "Update",
+    "algebra_name",
+    "check_combination",
     "create_rule",
+    "default_rule",
     "rule_class",
     "rule_names",
+    "rule_table",
     "validate",
 ]

@@ -1,0 +1,115 @@
+"""Which rule fits which adapter and which protection: the table users see, and the refusals at start.
+
+Everything is decided from the `Capability` that each rule declares, so the table and the refusals cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from fednano.aggregation.registry import rule_class, rule_names
+from fednano.aggregation.rule import Rule
+from fednano.errors import ConfigError
+
+__all__ = ["ALGEBRAS", "algebra_name", "check_combination", "default_rule", "rule_table"]
+
+ALGEBRAS = ("affine", "multilinear", "nonlinear")
+
+_DEFAULTS = {"affine": "fedavg", "multilinear": "fedavg", "nonlinear": "fedavg"}
+
+
+def algebra_name(algebra: str | Enum) -> str:
+    """The word for an algebra, given as a word or as an enum whose value is the word.
+
+    Raises:
+        ConfigError: not one of `ALGEBRAS`.
+    """
+    word = str(algebra.value if isinstance(algebra, Enum) else algebra).lower()
+    if word not in ALGEBRAS:
+        raise ConfigError(f"algebra: got {algebra!r}, expected one of {', '.join(ALGEBRAS)}")
+    return word
+
+
+def default_rule(algebra: str | Enum) -> str:
+    """The rule a run uses unless told otherwise."""
+    return _DEFAULTS[algebra_name(algebra)]
+
+
+def check_combination(
+    rule: Rule | str,
+    algebra: str | Enum,
+    *,
+    secure_aggregation: bool = False,
+    differential_privacy: bool = False,
+    ranks_differ: bool = False,
+    products: bool | None = None,
+) -> None:
+    """Refuse, before a run starts, a combination that cannot be right.
+
+    Args:
+        rule: a rule or its name.
+        algebra: of the adapter.
+        secure_aggregation: the server will see nothing but sums.
+        differential_privacy: one client's influence must be bounded.
+        ranks_differ: clients will have different ranks.
+        products: whether the adapter's leaves form products; None: not known, not checked.
+
+    Raises:
+        ConfigError: with the reason, and with rules that would do.
+    """
+    name = rule if isinstance(rule, str) else rule.name
+    word = algebra_name(algebra)
+    asked: dict[str, bool] = {
+        "secure_aggregation": secure_aggregation,
+        "differential_privacy": differential_privacy,
+        "ranks": ranks_differ,
+    }
+    reason = _objection(name, word, asked, products)
+    if reason:
+        fits = [other for other in rule_names() if not _objection(other, word, asked, products)]
+        raise ConfigError(f"rule {name!r} {reason}. Rules that fit: {', '.join(fits) if fits else 'none'}")
+
+
+def _objection(name: str, algebra: str, asked: Mapping[str, bool], products: bool | None) -> str:
+    can = rule_class(name).capability
+    if algebra not in can.allowed:
+        return f"does not fit a {algebra} adapter: it computes {can.exact_note}"
+    if products is False and "products" in can.needs:
+        return "merges products of two leaves, and this adapter's leaves form none"
+    if asked["secure_aggregation"] and not can.secure_aggregation:
+        return "needs each client's update in the clear, and secure aggregation shows the server nothing but sums"
+    if asked["differential_privacy"] and not can.differential_privacy:
+        return "does not bound one client's influence on what is published, which differential privacy needs"
+    if asked["ranks"] and not can.ranks:
+        return "cannot merge clients of different ranks"
+    return ""
+
+
+def rule_table() -> list[dict[str, str]]:
+    """One row per rule, in words, for `fednano strategies` and the documentation."""
+    rows = []
+    for name in rule_names():
+        can = rule_class(name).capability
+
+        def yes(flag: bool) -> str:
+            return "yes" if flag else "no"
+
+        rows.append(
+            {
+                "rule": name,
+                "summary": can.summary,
+                "exact for": ", ".join(a for a in ALGEBRAS if a in can.exact) or "none",
+                "computes": can.exact_note,
+                "adapters": ", ".join(a for a in ALGEBRAS if a in can.allowed),
+                "up": can.bytes_up,
+                "down": can.bytes_down,
+                "streams": yes(can.streaming),
+                "secure aggregation": yes(can.secure_aggregation),
+                "differential privacy": yes(can.differential_privacy),
+                "different ranks": yes(can.ranks),
+                "needs": ", ".join(sorted(can.needs)) or "leaves",
+                "arXiv": can.paper,
+            }
+        )
+    return rows
