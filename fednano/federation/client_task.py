@@ -21,7 +21,7 @@ import torch
 from fednano.data import Dataset, Sample
 from fednano.errors import ConfigError, DataError, FednanoError
 from fednano.evaluation import exact_match
-from fednano.federation.config import RunConfig
+from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import (
     build_edge,
@@ -134,15 +134,32 @@ class Worker:
         return self._datasets[name]
 
 
-def train_settings(config: RunConfig, *, samples: int | None = None) -> TrainSettings:
-    """The part of a run's settings that local training needs."""
+ADVICE = frozenset({"fisher", "proximal_mu"})
+"""What this client can do for a merge rule, beyond plain training."""
+
+
+def train_settings(
+    config: RunConfig, *, samples: int | None = None, advice: Mapping[str, Scalar] | None = None
+) -> TrainSettings:
+    """The part of a run's settings that local training needs; a merge rule's advice goes before them.
+
+    Raises:
+        ConfigError: the rule asks for something that this client cannot do.
+    """
+    unknown = sorted(set(advice or {}) - ADVICE)
+    if unknown:
+        raise ConfigError(
+            f"the merge rule asks clients for {', '.join(unknown)}, which this version cannot do. Update the client, or "
+            "choose another rule."
+        )
+    mu = (advice or {}).get("proximal_mu", config.proximal_mu)
     return TrainSettings(
         samples=samples or config.samples,
         batch_size=config.batch_size,
         optimizer=config.optimizer,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        proximal_mu=config.proximal_mu,
+        proximal_mu=float(mu),
         clip_norm=config.clip_norm,
     )
 
@@ -170,6 +187,7 @@ def hello(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     share = worker.share(name, node, pool=False)
     facts = {
         "edge": worker.edge.edge.fingerprint,
+        "spec": worker.edge.spec(),
         "basis": worker.edge.basis_fingerprint(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -197,14 +215,14 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         worker.edge,
         llm,
         share.data,
-        train_settings(config, samples=samples),
+        train_settings(config, samples=samples, advice=instruction.advice),
         seed=config.seed,
         client=acting,
         round_number=instruction.round,
     )
     after = _wire(llm)
     fisher = None
-    if instruction.fisher:
+    if instruction.advice.get("fisher"):
         chosen = draw(
             len(share.data),
             min(config.fisher_samples, len(share.data)),
@@ -223,7 +241,11 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         "step-received": after[1] - before[1],
         "step-samples": after[2] - before[2],
     }
-    facts = {"basis": worker.edge.basis_fingerprint(), "edge": worker.edge.edge.fingerprint}
+    facts = {
+        "spec": worker.edge.spec(),
+        "basis": worker.edge.basis_fingerprint(),
+        "edge": worker.edge.edge.fingerprint,
+    }
     return Reply(name, instruction.round, metrics, facts, worker.edge.travelling(), fisher)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fednano.errors import FednanoError, UpdateRefused
-from fednano.federation.config import RunConfig
+from fednano.federation.config import RunConfig, Scalar
 
 __all__ = [
     "Failure",
@@ -89,7 +89,7 @@ class Instruction:
         round: counted from 1; 0 outside of rounds.
         ticket: how to reach the language host.
         pool: train on the data of all simulated clients at once (the centralised baseline).
-        fisher: send the diagonal Fisher along with the update.
+        advice: what the merge rule asks of local training, such as ``{"fisher": True}``.
         leaves: adapter leaves to start from.
     """
 
@@ -98,7 +98,7 @@ class Instruction:
     round: int
     ticket: HostTicket
     pool: bool
-    fisher: bool
+    advice: dict[str, Scalar]
     leaves: dict[str, Tensor]
 
     def to_records(self) -> RecordDict:
@@ -111,13 +111,13 @@ class Instruction:
                         "phase": self.phase,
                         "round": self.round,
                         "pool": self.pool,
-                        "fisher": self.fisher,
                         "host-address": self.ticket.address,
                         "host-token": self.ticket.token,
                         "host-root": self.ticket.root_certificates,
                         "host-fingerprint": self.ticket.fingerprint,
                     }
                 ),
+                "advice": ConfigRecord(dict(self.advice)),
                 "leaves": encode_tensors(self.leaves),
             }
         )
@@ -134,7 +134,7 @@ class Instruction:
                 task["host-address"], task["host-token"], task["host-root"], task["host-fingerprint"]
             ),
             pool=task["pool"],
-            fisher=task["fisher"],
+            advice=cast("dict[str, Scalar]", dict(content.config_records["advice"])),
             leaves=decode_tensors(content.array_records["leaves"]),
         )
 

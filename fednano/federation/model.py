@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fednano.adapters import Adapter, create
+from fednano.adapters import options as adapter_options
 from fednano.data import Sample, load_dataset, partition, split_holdout
 from fednano.errors import ConfigError, HostRefused
 from fednano.federation.config import RunConfig
@@ -27,9 +28,12 @@ __all__ = ["build_adapter", "build_edge", "client_name", "connect", "partition_s
 
 def build_adapter(config: RunConfig) -> Adapter:
     """The adapter that the settings describe; the same parametrisation on every stream."""
-    options: dict[str, object] = {"rank": config.rank, "scale": config.scale}
+    known = adapter_options(config.adapter)
+    options: dict[str, object] = {"rank": config.rank} if "rank" in known else {}
+    if "scale" in known:
+        options["scale"] = config.scale
     if config.adapter == "nano":
-        options["activation"] = config.activation
+        options["act"] = config.activation
     elif config.activation != "linear":
         raise ConfigError(
             f"activation is {config.activation!r}, which adapter {config.adapter!r} does not have; only 'nano' does."

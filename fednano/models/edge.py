@@ -6,6 +6,7 @@ connector's output for an image therefore never changes, and is computed once (:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,9 +224,11 @@ class NanoEdge(nn.Module):
         for stream, group in by_stream.items():
             self.layer(stream).load_travelling(group)
 
+    def spec(self) -> str:
+        """The adapters' configuration in one line; updates of equal spec have equal leaves."""
+        return "; ".join(f"{stream}: {self.layer(stream).adapter.spec}" for stream in sorted(self.layers))
+
     def basis_fingerprint(self) -> str:
         """One hash over the frozen bases of all streams."""
-        import hashlib
-
         joined = "|".join(f"{stream}:{self.layer(stream).fingerprint()}" for stream in sorted(self.layers))
         return hashlib.sha256(joined.encode()).hexdigest()

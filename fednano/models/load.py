@@ -20,7 +20,7 @@ from fednano.models.fingerprint import fingerprint
 from fednano.models.language import LanguagePart
 from fednano.models.quiet import quiet
 
-__all__ = ["load_edge", "load_language", "split_model"]
+__all__ = ["count_parameters", "load_edge", "load_language", "split_model"]
 
 _EDGE_KEYS = ("vision_tower.", "multi_modal_projector.", "embed_tokens.")
 _LANGUAGE_KEYS = ("language_model.", "lm_head.")
@@ -195,3 +195,23 @@ def _tokenizer_id(files: ModelFiles, attribute: str) -> Any:
     from fednano.models.prompt import load_text_processor
 
     return getattr(load_text_processor(files), attribute, None)
+
+
+def count_parameters(name_or_path: str) -> dict[str, int]:
+    """Numbers of parameters of the whole model and of its edge part, from the configuration alone.
+
+    Returns:
+        ``{"model": ..., "edge": ...}``; tied weights count once.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    config = _config(find_model(name_or_path))
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.tie_weights()
+    inner = model.model
+    edge = (inner.vision_tower, inner.multi_modal_projector, inner.language_model.get_input_embeddings())
+    return {
+        "model": sum(parameter.numel() for parameter in model.parameters()),
+        "edge": sum(parameter.numel() for part in edge for parameter in part.parameters()),
+    }

@@ -1,1 +1,1 @@
-"""To be filled."""
+"""Training NanoEdge on a client: data, features, objectives, the local loop, the Fisher."""

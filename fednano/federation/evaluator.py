@@ -1,0 +1,92 @@
+"""The server's own view of the model: answers on the test set, through the same host that the clients use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fednano.data import Sample, load_dataset
+from fednano.errors import DataError
+from fednano.evaluation import exact_match
+from fednano.federation.config import RunConfig
+from fednano.models.edge import NanoEdge
+from fednano.models.language import LanguageModel
+from fednano.training.answers import generate_answers
+from fednano.training.data import ClientData
+from fednano.training.features import FeatureCache
+
+__all__ = ["Evaluator", "Judgement"]
+
+_LOSS_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One evaluation.
+
+    Attributes:
+        accuracy: share of exact matches.
+        loss: mean answer loss, in nats a token; ``None`` where it was not asked for.
+        answers: the answers, in the order of the samples.
+    """
+
+    accuracy: float
+    loss: float | None
+    answers: list[str]
+
+
+class Evaluator:
+    """Judge adapters on the data set's test split.
+
+    Args:
+        config: the run's settings.
+        edge: the server's NanoEdge.
+        llm: the run's language model.
+        cache: folder of encoder features.
+
+    Raises:
+        DataError: the data set has no test samples.
+    """
+
+    def __init__(self, config: RunConfig, edge: NanoEdge, llm: LanguageModel, cache: Path) -> None:
+        self._config = config
+        self._edge = edge
+        self._llm = llm
+        self._features = FeatureCache(edge.edge, cache)
+        self._test = list(load_dataset(config.dataset, "test"))
+        if not self._test:
+            raise DataError(
+                f"the data set {config.dataset!r} has no test samples; the server judges by them."
+            )
+
+    def samples(self, count: int) -> list[Sample]:
+        """``count`` test samples spread evenly over the split; 0 = all."""
+        total = len(self._test)
+        if count == 0 or count >= total:
+            return self._test
+        return [self._test[index * total // count] for index in range(count)]
+
+    def judge(
+        self, leaves: Mapping[str, Tensor], samples: Sequence[Sample], *, loss: bool = True
+    ) -> Judgement:
+        """Answer all samples with the adapters given, and compare with the right answers."""
+        self._edge.load_travelling(leaves)
+        answers = generate_answers(
+            self._edge, self._llm, self._features, samples, max_new_tokens=self._config.max_new_tokens
+        )
+        right = sum(exact_match(got, sample.answer) for got, sample in zip(answers, samples, strict=True))
+        return Judgement(right / len(samples), self._loss(samples) if loss else None, answers)
+
+    @torch.no_grad()
+    def _loss(self, samples: Sequence[Sample]) -> float:
+        data = ClientData(samples, self._edge, self._features)
+        total = 0.0
+        for start in range(0, len(samples), _LOSS_BATCH):
+            prompts, features = data.batch(range(start, min(start + _LOSS_BATCH, len(samples))))
+            batch = self._edge(prompts, features)
+            total += float(self._llm.loss(batch.embeds, batch.mask, batch.labels).sum())
+        return total / len(samples)

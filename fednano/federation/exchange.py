@@ -1,0 +1,157 @@
+"""Send requests to clients and take their replies as they come, with a deadline and a way out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fednano.errors import RunError, UpdateRefused
+from fednano.federation.messages import Failure, Reply, record_bytes
+
+__all__ = ["Delivery", "Interrupted", "Stop", "exchange", "wait_for_nodes"]
+
+_POLL_SECONDS = 0.05
+
+
+class Stop:
+    """A request to end a run early: set by Ctrl-C or by an error elsewhere, watched by everything that waits."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.reason = ""
+
+    def set(self, reason: str) -> None:
+        """Ask the run to end; the first reason is kept."""
+        if not self._event.is_set():
+            self.reason = reason
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked."""
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but not past a request to stop; true when one came."""
+        return self._event.wait(seconds)
+
+
+class Interrupted(Exception):
+    """The run was asked to end; what was done is kept."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A client's reply, or the reason why there is none, with what it weighed on the wire.
+
+    Attributes:
+        client: name of the client that was asked.
+        reply: its reply; a failure is a reply with ``failure`` set.
+        bytes_up: serialised size of the reply's records; 0 when nothing came.
+        leaves_bytes: the part of it that is the adapter update, Fisher included.
+        seconds: from sending to receiving.
+    """
+
+    client: str
+    reply: Reply
+    bytes_up: int
+    leaves_bytes: int
+    seconds: float
+
+
+def wait_for_nodes(grid: Grid, count: int, timeout: float, stop: Stop) -> list[int]:
+    """Node ids of the connected clients, sorted, once there are at least ``count``.
+
+    Raises:
+        RunError: fewer than ``count`` appeared within ``timeout`` seconds.
+        Interrupted: the run was asked to end.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) >= count:
+            return nodes
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"only {len(nodes)} of {count} clients connected within {timeout:g} s. Start the missing "
+                "SuperNodes, lower 'clients', or raise 'join-timeout'."
+            )
+        if stop.wait(0.1):
+            raise Interrupted(stop.reason)
+
+
+def exchange(
+    grid: Grid,
+    requests: Mapping[str, tuple[int, RecordDict]],
+    *,
+    message_type: str,
+    group: str,
+    timeout: float,
+    stop: Stop,
+    check_names: bool = True,
+) -> Iterator[Delivery]:
+    """Send one request to each client and yield what comes back, in order of arrival.
+
+    Args:
+        grid: Flower's connection to the clients.
+        requests: client name to node id and message content.
+        message_type: Flower's message type, such as ``"train"``.
+        group: group id of the messages, such as the round's number.
+        timeout: seconds after which missing replies are given up; each is yielded as a failure.
+        stop: ends the wait early.
+        check_names: refuse a reply that carries another client's name.
+
+    Raises:
+        Interrupted: the run was asked to end.
+    """
+    started = time.monotonic()
+    clients: dict[int, str] = {}
+    messages = []
+    for client, (node, content) in sorted(requests.items()):
+        clients[node] = client
+        messages.append(
+            Message(content, dst_node_id=node, message_type=message_type, ttl=timeout + 60, group_id=group)
+        )
+    pending = set(grid.push_messages(messages))
+    unanswered = dict(clients)
+    while pending:
+        arrived = list(grid.pull_messages(pending))
+        for message in arrived:
+            pending.discard(message.metadata.reply_to_message_id)
+            client = unanswered.pop(message.metadata.src_node_id, None)
+            if client is not None:
+                yield _open(client, message, time.monotonic() - started, check_names)
+        if not pending or time.monotonic() - started > timeout:
+            break
+        if not arrived and stop.wait(_POLL_SECONDS):
+            raise Interrupted(stop.reason)
+        if stop.requested:
+            raise Interrupted(stop.reason)
+    for client in sorted(unanswered.values()):
+        reason = f"no reply within {timeout:g} s (round-timeout)"
+        yield Delivery(client, _failed(client, "Timeout", reason), 0, 0, time.monotonic() - started)
+
+
+def _open(client: str, message: Message, seconds: float, check_name: bool) -> Delivery:
+    if message.has_error():
+        reason = (message.error.reason or f"error code {message.error.code}").strip()
+        return Delivery(client, _failed(client, "ClientCrashed", reason), 0, 0, seconds)
+    size = record_bytes(message.content)
+    arrays = [name for name in ("leaves", "fisher") if name in message.content]
+    leaves = sum(record_bytes(RecordDict({name: message.content[name]})) for name in arrays)
+    try:
+        reply = Reply.from_records(message.content)
+        if check_name and reply.client != client:
+            raise UpdateRefused(f"the node of {client} answered in the name of {reply.client}.")
+    except UpdateRefused as error:
+        reply = _failed(client, "UpdateRefused", str(error))
+    return Delivery(client, reply, size, leaves, seconds)
+
+
+def _failed(client: str, kind: str, message: str) -> Reply:
+    return Reply(client, 0, {}, {}, failure=Failure(kind, message))

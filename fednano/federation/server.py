@@ -1,0 +1,343 @@
+"""One run on the server, from the first hello to the report.
+
+Nothing here computes: phases are run by :mod:`fednano.federation.rounds`, merging is :mod:`fednano.aggregation`'s,
+judging :mod:`fednano.federation.evaluator`'s. This module puts them in order and makes sure that whatever happens, what
+was done is on disk and every process that was started is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fednano.aggregation import LeafSpec, Product, Spec, check_combination, create_rule
+from fednano.errors import FednanoError, RunError
+from fednano.federation.baselines import run_baselines
+from fednano.federation.config import RunConfig
+from fednano.federation.evaluator import Evaluator, Judgement
+from fednano.federation.exchange import Interrupted, Stop, exchange, wait_for_nodes
+from fednano.federation.hosting import open_host
+from fednano.federation.messages import HostTicket, Instruction, Reply
+from fednano.federation.model import build_edge, connect, use_threads
+from fednano.federation.outcome import write_outcome
+from fednano.federation.rounds import MAIN_PHASE, Federation, Leaves, PhaseResult, run_rounds
+from fednano.models.edge import NanoEdge
+from fednano.runs import RunFolder, RunInfo, RunView, make_view
+
+__all__ = ["run_server", "spec_of"]
+
+ZERO_SHOT = "zero-shot"
+
+
+def run_server(
+    grid: Grid, config: RunConfig, *, view: RunView | None = None, stop: Stop | None = None
+) -> Path:
+    """Run the whole job on clients reached through ``grid``.
+
+    Args:
+        grid: Flower's connection to the clients.
+        config: the run's settings.
+        view: what the user sees; by default chosen from the terminal.
+        stop: lets somebody else end the run early.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        FednanoError: the run cannot start or go on; the run folder keeps what was done.
+        Interrupted: ``stop`` was set; the run folder keeps what was done.
+    """
+    stop = stop or Stop()
+    view = view or make_view()
+    folder, config = _open_folder(config)
+    try:
+        with ExitStack() as stack:
+            stack.callback(folder.close)
+            _run(grid, config, folder, view, stop, stack)
+    except (FednanoError, Interrupted) as error:
+        text = str(error) or "the run was asked to end."
+        if isinstance(error, Interrupted):
+            text = f"{text} Everything up to here is kept in {folder.path}; continue with --resume {folder.path.name}."
+        folder.append_event("error", text)
+        folder.close()
+        view.finish(error=text)
+        raise
+    return folder.path
+
+
+def _open_folder(config: RunConfig) -> tuple[RunFolder, RunConfig]:
+    if not config.resume:
+        name = f"{config.dataset}-{config.adapter}-{config.rule}"
+        folder = RunFolder.create(config.runs_dir, name, config.to_mapping(), command=repeat_command(config))
+    else:
+        folder = RunFolder.open(config.resume, root=config.runs_dir)
+        before = config_of(folder)
+        given = {"resume": config.resume, "runs_dir": config.runs_dir, "host_address": config.host_address}
+        # What decides the result comes from the run itself: a resumed run must end at the same bits.
+        config = before.changed(**given)
+    cache = config.cache_dir or str(folder.path / "cache")
+    return folder, config.changed(cache_dir=str(Path(cache).absolute()))
+
+
+def config_of(folder: RunFolder) -> RunConfig:
+    """The settings that a run was started with."""
+    recorded = folder.config()
+    return RunConfig.from_mapping({k: v for k, v in recorded.items() if k not in ("created", "command")})
+
+
+def repeat_command(config: RunConfig) -> list[str]:
+    """The command line that repeats a run: every setting that differs from its default."""
+    words = ["fednano", "simulate"]
+    default = RunConfig().to_mapping()
+    for name, value in config.to_mapping().items():
+        if value == default[name] or name in ("runs-dir", "resume", "cache-dir", "host-address"):
+            continue
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def _run(
+    grid: Grid, config: RunConfig, folder: RunFolder, view: RunView, stop: Stop, stack: ExitStack
+) -> None:
+    began = time.monotonic()
+    use_threads(config)
+    rule = _rule(config, config.rule)
+    view.start(
+        RunInfo(
+            run_id=folder.path.name,
+            path=folder.path,
+            model=config.model,
+            dataset=config.dataset,
+            adapter=config.adapter,
+            rule=config.rule,
+            clients=config.clients,
+            seed=config.seed,
+            phases={ZERO_SHOT: 0, MAIN_PHASE: config.rounds},
+        )
+    )
+    edge = build_edge(config)
+    check_combination(rule, algebra_of(edge))
+    ticket = stack.enter_context(open_host(config, view))
+    llm = stack.enter_context(connect(config, ticket))
+    evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
+    start = edge.travelling()
+    spec = spec_of(edge, config)
+    nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
+    clients = _introduce(grid, nodes, config, ticket, start, edge, stop)
+    fed = Federation(
+        grid=grid,
+        nodes={name: client.node for name, client in clients.items()},
+        config=config,
+        ticket=ticket,
+        spec=spec,
+        folder=folder,
+        view=view,
+        stop=stop,
+        evaluator=evaluator,
+        simulated=all(client.hello.facts.get("simulated") == "True" for client in clients.values()),
+    )
+    _write_partition(folder, config, clients)
+    zero_shot = _judge(fed, ZERO_SHOT, 0, start)
+    resumed = _checkpoint(folder, start) if config.resume else PhaseResult(start)
+    view.phase_started(MAIN_PHASE, config.rounds)
+    phase_began = time.monotonic()
+    result = run_rounds(fed, MAIN_PHASE, rule, resumed)
+    seconds = time.monotonic() - phase_began
+    folder.save_adapter(result.leaves, _adapter_info(config, edge, ticket))
+    final = _judge(fed, MAIN_PHASE, result.rounds, result.leaves)
+    _judge_clients(fed, result.leaves)
+    baselines = run_baselines(fed, start) if config.baselines else {}
+    write_outcome(
+        fed,
+        edge=edge,
+        zero_shot=zero_shot,
+        final=final,
+        result=result,
+        phase_seconds=seconds,
+        baselines=baselines,
+        wall_seconds=time.monotonic() - began,
+    )
+
+
+def _rule(config: RunConfig, name: str):  # type: ignore[no-untyped-def]
+    return create_rule(name, **({"floor": config.fisher_floor} if name == "fisher" else {}))
+
+
+def algebra_of(edge: NanoEdge) -> str:
+    """The algebra of the adapters: what a merge rule may assume of them."""
+    return edge.layer(next(iter(edge.layers))).adapter.algebra.value
+
+
+def spec_of(edge: NanoEdge, config: RunConfig) -> Spec:
+    """What every update of this run must look like."""
+    leaves = {name: LeafSpec(tuple(leaf.shape), leaf.dtype) for name, leaf in edge.travelling().items()}
+    products = {}
+    for stream in edge.layers:
+        left, right = f"{stream}.A", f"{stream}.B"
+        if config.adapter == "nano" and {left, right} <= set(leaves):
+            products[stream] = Product(left=left, right=right, scale=config.scale, down="left")
+    return Spec(
+        leaves=leaves,
+        algebra=algebra_of(edge),
+        products=products,
+        spec=edge.spec(),
+        basis=edge.basis_fingerprint(),
+        max_clients=max(2048, config.clients),
+        max_abs=config.max_abs,
+        max_weight=float(max(65536, config.samples * config.clients)),
+    )
+
+
+@dataclass(frozen=True)
+class _Client:
+    node: int
+    hello: Reply
+
+
+def _introduce(
+    grid: Grid,
+    nodes: list[int],
+    config: RunConfig,
+    ticket: HostTicket,
+    start: Leaves,
+    edge: NanoEdge,
+    stop: Stop,
+) -> dict[str, _Client]:
+    """Ask every node who it is; returns clients by name.
+
+    Raises:
+        RunError: a client cannot take part, two share a name, or one holds another model.
+    """
+    asked = {
+        str(node): (node, Instruction(config, "hello", 0, ticket, False, {}, start).to_records())
+        for node in nodes
+    }
+    clients: dict[str, _Client] = {}
+    deliveries = exchange(
+        grid,
+        asked,
+        message_type="query.hello",
+        group="hello",
+        timeout=config.join_timeout,
+        stop=stop,
+        check_names=False,
+    )
+    for delivery in deliveries:
+        reply = delivery.reply
+        if reply.failure is not None:
+            raise RunError(f"client {reply.client} cannot take part: {reply.failure.message}")
+        if reply.facts.get("edge") != edge.edge.fingerprint:
+            raise RunError(
+                f"client {reply.client} holds the edge weights {reply.facts.get('edge', 'unknown')[:16]}, the server "
+                f"{edge.edge.fingerprint[:16]}. Give both the same model."
+            )
+        if reply.client in clients:
+            raise RunError(
+                f"two nodes call themselves {reply.client!r}. Give each SuperNode its own site name."
+            )
+        clients[reply.client] = _Client(int(delivery.client), reply)
+    return dict(sorted(clients.items()))
+
+
+def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str, _Client]) -> None:
+    counts = {
+        name: json.loads(c.hello.facts["labels"]) for name, c in clients.items() if "labels" in c.hello.facts
+    }
+    labels = sorted({label for own in counts.values() for label in own})
+    folder.write_json(
+        "partition.json",
+        {
+            "kind": config.partition if counts else "sites",
+            "alpha": config.alpha,
+            "labels": labels,
+            "counts": {name: [own.get(label, 0) for label in labels] for name, own in counts.items()},
+            "samples": {name: int(c.hello.metrics["samples"]) for name, c in clients.items()},
+        },
+    )
+
+
+def _judge(fed: Federation, phase: str, number: int, leaves: Leaves) -> Judgement:
+    samples = fed.evaluator.samples(fed.config.final_samples)
+    judged = fed.evaluator.judge(leaves, samples)
+    fed.view.evaluation(phase, number, accuracy=judged.accuracy, loss=judged.loss, samples=len(samples))
+    fed.folder.append_metrics(
+        {
+            "phase": phase,
+            "round": number,
+            "scope": "global",
+            "final": True,
+            "accuracy": judged.accuracy,
+            "loss": judged.loss,
+            "samples": len(samples),
+        }
+    )
+    return judged
+
+
+def _judge_clients(fed: Federation, leaves: Leaves) -> None:
+    """Let every client judge the merged adapters on its own held-out samples."""
+    if fed.config.holdout == 0:
+        return
+    asked = {
+        name: (node, Instruction(fed.config, MAIN_PHASE, 0, fed.ticket, False, {}, leaves).to_records())
+        for name, node in fed.nodes.items()
+    }
+    deliveries = exchange(
+        fed.grid,
+        asked,
+        message_type="evaluate",
+        group="evaluate",
+        timeout=fed.config.round_timeout,
+        stop=fed.stop,
+    )
+    for delivery in sorted(deliveries, key=lambda delivery: delivery.client):
+        reply = delivery.reply
+        record: dict[str, object] = {
+            "phase": MAIN_PHASE,
+            "round": fed.config.rounds,
+            "scope": "client",
+            "final": True,
+            "client": delivery.client,
+        }
+        if reply.failure is not None:
+            fed.view.message(f"{delivery.client} could not evaluate: {reply.failure.message}", "warning")
+            fed.folder.append_event(
+                "warning", f"{delivery.client} could not evaluate: {reply.failure.message}"
+            )
+            continue
+        record |= {"accuracy": reply.metrics["accuracy"], "samples": int(reply.metrics["samples"])}
+        fed.folder.append_metrics(record)
+
+
+def _checkpoint(folder: RunFolder, start: Leaves) -> PhaseResult:
+    """Where a resumed run goes on; from the start when it had not finished a round."""
+    if not folder.checkpoints():
+        return PhaseResult(start)
+    saved = folder.load_checkpoint()
+    leaves = {n.removeprefix("leaf."): t for n, t in saved.tensors.items() if n.startswith("leaf.")}
+    memory = {n.removeprefix("memory."): t for n, t in saved.tensors.items() if n.startswith("memory.")}
+    if set(leaves) != set(start):
+        raise RunError(
+            f"the checkpoint of round {saved.round} holds the leaves {sorted(leaves)}, this adapter has {sorted(start)}. "
+            "Resume with the settings the run was started with."
+        )
+    result = PhaseResult(leaves, rounds=saved.round, memory=memory, loss=saved.state["loss"])
+    for name, value in saved.state["wire"].items():
+        setattr(result.wire, name, value)
+    return result
+
+
+def _adapter_info(config: RunConfig, edge: NanoEdge, ticket: HostTicket) -> dict[str, object]:
+    return {
+        "config": config.to_mapping(),
+        "spec": edge.spec(),
+        "basis": edge.basis_fingerprint(),
+        "edge": edge.edge.fingerprint,
+        "language": ticket.fingerprint,
+    }
