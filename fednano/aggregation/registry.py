@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from fednano.aggregation.drift import QFedAvg, Scaffold
+from fednano.aggregation.factors import FFA, FedDPA, FedSA, RoLoRA
 from fednano.aggregation.fisher import FisherMerge
 from fednano.aggregation.mean import FedAvg, FedProx
 from fednano.aggregation.rule import Rule
+from fednano.aggregation.server_opt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fednano.errors import ConfigError
 
 __all__ = ["create_rule", "rule_class", "rule_names"]
 
-_RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (FedAvg, FedProx, FisherMerge)}
+_ALL: tuple[type[Rule], ...] = (
+    *(FedAvg, FedProx, FisherMerge),
+    *(FedAvgM, FedAdam, FedYogi, FedAdagrad),
+    *(Scaffold, QFedAvg),
+    *(FFA, RoLoRA, FedSA, FedDPA),
+)
+_RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
 
 
 def rule_names() -> list[str]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from fednano.aggregation.fixedpoint import FixedSum
@@ -73,6 +72,7 @@ class State:
         sums: accumulators by purpose.
         held: updates of rules that need all of them.
         numbers: exact scalar sums by purpose.
+        outer: what a server optimiser around the rule remembers.
     """
 
     spec: Spec
@@ -84,6 +84,7 @@ class State:
     sums: dict[str, FixedSum] = field(default_factory=dict)
     held: list[Update] = field(default_factory=list)
     numbers: dict[str, Fraction] = field(default_factory=dict)
+    outer: Leaves = field(default_factory=dict)
 
     def admit(self, update: Update) -> None:
         """Refuse a client that has been merged already and a weight that cannot be one."""
@@ -182,18 +183,49 @@ class Rule:
         """After ``finish``: named tensors that the next round needs, for the checkpoint."""
         return {}
 
-    def downlink(
-        self, leaves: Leaves, memory: Mapping[str, Tensor], update_of: Update | None = None
-    ) -> Leaves:
-        """What travels to a client besides the leaves (control variates, residuals)."""
+    def downlink(self, memory: Mapping[str, Tensor]) -> Leaves:
+        """What travels to every client besides the leaves: control variates, residuals. By default nothing."""
         return {}
+
+    def for_client(
+        self,
+        leaves: Leaves,
+        spec: Spec,
+        *,
+        ranks: Mapping[str, int] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> Leaves:
+        """The global leaves in the form of one client: its ranks, its scales.
+
+        Args:
+            leaves: global leaves.
+            spec: of the global leaves.
+            ranks: site to the client's rank; a site not named has the global rank.
+            scales: site to the client's scale; a site not named has the global scale.
+
+        Raises:
+            ConfigError: the rule cannot serve a rank other than the global one.
+        """
+        for site, rank in (ranks or {}).items():
+            if rank != spec.rank(site):
+                raise ConfigError(
+                    f"rule {self.name!r} cannot serve rank {rank} at site {site}: "
+                    f"the global rank is {spec.rank(site)}; use flexlora, hetlora or nested"
+                )
+        return rescaled(leaves, spec, {k: spec.products[k].scale / v for k, v in (scales or {}).items()})
+
+
+def rescaled(leaves: Leaves, spec: Spec, factors: Mapping[str, float]) -> Leaves:
+    """Multiply each named site's product by a factor, on the factor that starts at zero."""
+    out = dict(leaves)
+    for site, factor in factors.items():
+        product = spec.products[site]
+        name = product.left if product.down != "left" else product.right
+        if factor != 1.0 and name in out:
+            out[name] = out[name] * factor
+    return out
 
 
 def as_dtypes(leaves: Mapping[str, Tensor], spec: Spec) -> Leaves:
     """Cast leaves to the dtypes of the specification."""
     return {name: leaf.to(spec.leaves[name].dtype) for name, leaf in leaves.items()}
-
-
-def zeros_like_spec(spec: Spec, dtype: torch.dtype = torch.float64) -> Leaves:
-    """Zeros in the shape of every leaf."""
-    return {name: torch.zeros(leaf.shape, dtype=dtype) for name, leaf in spec.leaves.items()}
