@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fednano.errors import ConfigError, HostRefused
-from fednano.models.language_inputs import IGNORE, align, check_inputs
+from fednano.models.language_inputs import IGNORE, align, check_inputs, check_token_embeds
 
 __all__ = [
     "IGNORE",
@@ -270,10 +270,7 @@ class Generation:
             if table is None:
                 raise ConfigError("this decoder has no token embeddings: pass `embed` to generate")
             embeds = table(self.last.to(llm.device))
-        elif tuple(embeds.shape) != (rows, llm.hidden_size) or not bool(embeds.isfinite().all()):
-            raise HostRefused(
-                f"embed: got shape {tuple(embeds.shape)}, expected finite ({rows}, {llm.hidden_size})"
-            )
+        check_token_embeds(embeds, rows, llm.hidden_size)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=1)
         self._run(embeds.to(llm.device, llm.dtype).unsqueeze(1), self._mask.sum(1, keepdim=True) - 1)
 

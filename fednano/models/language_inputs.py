@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fednano.errors import HostRefused
 
-__all__ = ["IGNORE", "align", "check_inputs"]
+__all__ = ["IGNORE", "align", "check_inputs", "check_token_embeds"]
 
 IGNORE = -100
 """Label of a position without loss (the value Hugging Face uses)."""
@@ -116,6 +116,17 @@ def _check_labels(labels: Tensor, real: Tensor, vocab_size: int) -> None:
             f"labels: sample {_first(~counted)} has no label after its first token, "
             "so its mean loss does not exist; leave it out"
         )
+
+
+def check_token_embeds(embeds: Tensor, samples: int, hidden_size: int) -> None:
+    """Refuse what a `TokenEmbedding` must not return.
+
+    Raises:
+        HostRefused: ``embeds`` is not a finite ``(samples, hidden_size)``.
+    """
+    if tuple(embeds.shape) != (samples, hidden_size) or not bool(embeds.isfinite().all()):
+        got = f"shape {tuple(embeds.shape)}" if tuple(embeds.shape) != (samples, hidden_size) else "NaN or infinity"
+        raise HostRefused(f"embed: got {got}, expected finite ({samples}, {hidden_size}): one row per sample")
 
 
 def _first(flags: Tensor) -> int:

@@ -1,0 +1,294 @@
+"""`RemoteLLM`: the language model of a host, behind the same interface as a local one.
+
+Its loss is an autograd function whose forward pass makes the whole step on the host: losses come back
+together with their gradients in the embeddings, which wait here for the backward pass. Since samples never
+interact, the gradient of any weighting of the losses is the kept rows times the weights, so one round trip
+serves every use.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fednano.errors import ConfigError, HostRefused
+from fednano.host.channel import ClientTLS, HostChannel, Retry
+from fednano.host.limits import HostInfo
+from fednano.host.names import CHUNK_BYTES
+from fednano.host.proto import language_host_pb2 as pb
+from fednano.host.requests import Requests, host_info, split_batch
+from fednano.host.wire import Meter, Wire
+from fednano.models.language import TokenEmbedding
+from fednano.models.language_inputs import check_inputs
+
+__all__ = ["RemoteLLM"]
+
+
+class RemoteLLM:
+    """A `fednano.models.language.LanguageModel` served by a language host.
+
+    Connects when first used. Usable from any thread; a copy in another process (pickled or forked) opens its
+    own connection. A batch beyond the host's limits is sent in several requests.
+
+    Args:
+        address: ``HOST:PORT`` of the host.
+        token: bearer token.
+        root_certificates: PEM certificates that signed the host's; ``None`` trusts those of the system.
+        client_key: PEM key, if the host asks for client certificates.
+        client_certificate: PEM chain that goes with it.
+        insecure: plain text instead of TLS; accepted for loopback addresses only.
+        timeout_s: deadline of one attempt at a request.
+        retry_seconds: how long a request is repeated while the host is busy or away, from its first failure
+        on. wire_dtype: type of embeddings and gradients on the wire: float32, bfloat16 or float16; ``None``
+            takes that of the embeddings (float32 for float64). A narrower type rounds both.
+        chunk_bytes: size of the pieces in which tensors are sent.
+
+    Raises:
+        ConfigError: an option is out of range or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: bytes | None = None,
+        root_certificates: bytes | None = None,
+        client_key: bytes | None = None,
+        client_certificate: bytes | None = None,
+        insecure: bool = False,
+        timeout_s: float = 120.0,
+        retry_seconds: float = 60.0,
+        wire_dtype: torch.dtype | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        if wire_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"wire_dtype: got {wire_dtype}, expected float32, bfloat16, float16 or None")
+        if not 0 < chunk_bytes <= 3 << 20:
+            raise ConfigError(f"chunk_bytes: got {chunk_bytes}, expected 1 to {3 << 20}")
+        if insecure and (root_certificates or client_key or client_certificate):
+            raise ConfigError("insecure=True goes without certificates: drop one or the other")
+        if (client_key is None) != (client_certificate is None):
+            raise ConfigError("client_key and client_certificate go together: give both or neither")
+        tls = None if insecure else ClientTLS(root_certificates, client_key, client_certificate)
+        self._options: dict[str, Any] = {
+            "token": token,
+            "root_certificates": root_certificates,
+            "client_key": client_key,
+            "client_certificate": client_certificate,
+            "insecure": insecure,
+            "timeout_s": timeout_s,
+            "retry_seconds": retry_seconds,
+            "wire_dtype": wire_dtype,
+            "chunk_bytes": chunk_bytes,
+        }
+        self._wire_dtype, self._chunk_bytes = wire_dtype, chunk_bytes
+        self._meter = Meter()
+        self._channel = HostChannel(
+            address, token=token, tls=tls, retry=Retry(timeout_s, retry_seconds), meter=self._meter
+        )
+        self._info: HostInfo | None = None
+        self._info_lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self.address, self._options)
+
+    def __enter__(self) -> RemoteLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection. Calls after that raise `HostUnavailable`."""
+        self._channel.close()
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of the host."""
+        return self._channel.address
+
+    @property
+    def wire(self) -> Wire:
+        """What has really been sent and received so far, by kind of call."""
+        return self._meter.read()
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of an input embedding."""
+        return self.describe().hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.describe().vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sample, prompt and answer together, in tokens."""
+        return self.describe().max_positions
+
+    def describe(self) -> HostInfo:
+        """What the host serves and accepts; asked once.
+
+        Raises:
+            HostError: see `loss`.
+        """
+        with self._info_lock:
+            if self._info is None:
+                reply = self._channel.call(
+                    "Describe", lambda e: e.unary(pb.DescribeRequest(), pb.DescribeReply)
+                )
+                self._info = host_info(reply)
+            return self._info
+
+    def stats(self) -> dict[str, int]:
+        """Counters of the host, see `fednano.host.stats.Stats`."""
+        reply = self._channel.call("Stats", lambda e: e.unary(pb.StatsRequest(), pb.StatsReply))
+        return dict(reply.counters)
+
+    def loss(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str = "cross_entropy") -> Tensor:
+        """Loss of each sample, see `fednano.models.language.LanguageModel.loss`.
+
+        The host computes the gradient too, in the same round trip, if ``embeds`` requires one.
+
+        Args:
+            embeds: ``(B, T, d)`` float.
+            mask: ``(B, T)``.
+            labels: ``(B, T)`` int64.
+            objective: name of the token loss.
+
+        Returns:
+            ``(B,)`` float32 on the device of ``embeds``.
+
+        Raises:
+            HostRefused: an input is not acceptable, or the token is not.
+            HostUnavailable: nobody answered, or the host stayed busy, for ``retry_seconds``.
+            ConfigError: unknown objective.
+        """
+        info = self.describe()
+        if objective not in info.objectives:
+            known = ", ".join(info.objectives)
+            raise ConfigError(f"unknown objective {objective!r}: the host knows {known}")
+        _check(info, embeds, mask, labels)
+        mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
+
+        def step(rows: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+            return self._step(info, (rows, mask, labels), objective, want_gradient)
+
+        if torch.is_grad_enabled() and embeds.requires_grad:
+            losses: Tensor = _RemoteLoss.apply(embeds, mask, step)  # type: ignore[no-untyped-call]
+            return losses
+        return step(embeds.detach(), False)[0].to(embeds.device)
+
+    def generate(
+        self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None
+    ) -> Tensor:
+        """Greedy continuation, see `fednano.models.language.LanguageModel.generate`.
+
+        With ``embed``, each new token costs one exchange on the open stream.
+
+        Args:
+            embeds: ``(B, T, d)`` float.
+            mask: ``(B, T)``.
+            max_new_tokens: at least 1.
+            embed: adapted embedding of new tokens, or ``None``.
+
+        Returns:
+            ``(B, max_new_tokens)`` int64 on the CPU.
+
+        Raises:
+            HostRefused: an input is not acceptable, or the token is not.
+            HostUnavailable: nobody answered, or the host stayed busy, for ``retry_seconds``.
+        """
+        if max_new_tokens < 1:
+            raise HostRefused(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+        info = self.describe()
+        _check(info, embeds, mask, None, max_new_tokens)
+        mask = mask.detach().cpu().bool()
+        requests, dtype = self._requests(info), self._dtype(embeds)
+        answers = []
+        for part in split_batch(mask.sum(1).tolist(), info, dtype):
+            rows = embeds.detach().cpu()[part][mask[part]]
+            lengths = mask[part].sum(1).tolist()
+            answers.append(requests.generate(rows, lengths, max_new_tokens, dtype=dtype, embed=embed))
+        return torch.cat(answers)
+
+    def _requests(self, info: HostInfo) -> Requests:
+        return Requests(self._channel, info, self._chunk_bytes)
+
+    def _dtype(self, embeds: Tensor) -> torch.dtype:
+        """Type on the wire for ``embeds``."""
+        if self._wire_dtype is not None:
+            return self._wire_dtype
+        return embeds.dtype if embeds.dtype != torch.float64 else torch.float32
+
+    def _step(
+        self,
+        info: HostInfo,
+        batch: tuple[Tensor, Tensor, Tensor],
+        objective: str,
+        want_gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses ``(B,)`` and, if wanted, gradient ``(N, d)`` of the N real tokens, both on the CPU."""
+        embeds, mask, labels = batch
+        requests, dtype = self._requests(info), self._dtype(embeds)
+        embeds = embeds.cpu()
+        losses, gradients = [], []
+        for part in split_batch(mask.sum(1).tolist(), info, dtype):
+            real = mask[part]
+            loss, gradient = requests.step(
+                embeds[part][real],
+                real.sum(1).tolist(),
+                labels[part][real],
+                objective,
+                dtype=dtype,
+                want_gradient=want_gradient,
+            )
+            losses.append(loss)
+            if gradient is not None:
+                gradients.append(gradient)
+        return torch.cat(losses), torch.cat(gradients) if want_gradient else None
+
+
+class _RemoteLoss(torch.autograd.Function):
+    """Losses of a batch; the gradient that came with them is kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, embeds: Tensor, mask: Tensor, step: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        losses, gradient = step(embeds.detach(), True)
+        ctx.save_for_backward(gradient.to(embeds.device, embeds.dtype), mask.to(embeds.device))
+        return losses.to(embeds.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None]:
+        rows, mask = ctx.saved_tensors  # (N, d), (B, T)
+        gradient = rows.new_zeros(*mask.shape, rows.shape[1])
+        gradient[mask] = rows
+        return gradient * weights.to(rows.dtype)[:, None, None], None, None
+
+
+def _check(info: HostInfo, embeds: Tensor, mask: Tensor, labels: Tensor | None, new_tokens: int = 0) -> None:
+    check_inputs(
+        embeds,
+        mask,
+        labels,
+        hidden_size=info.hidden_size,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+        new_tokens=new_tokens,
+    )
+
+
+def _remake(address: str, options: dict[str, Any]) -> RemoteLLM:
+    return RemoteLLM(address, **options)

@@ -1,0 +1,175 @@
+"""Tensors to bytes and back: raw little-endian numbers, padding left out, cut into chunks.
+
+A batch ``(B, T, d)`` with a mask travels as its N real tokens laid end to end, ``(N, d)``, and the number of
+tokens of each sample. A float16 batch is first multiplied by a power of two, so that small gradients do not
+vanish and large activations do not overflow; such a factor changes no digit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fednano.errors import HostRefused
+from fednano.host.proto import language_host_pb2 as pb
+
+__all__ = [
+    "Assembler",
+    "chunks",
+    "decode",
+    "decode_labels",
+    "encode",
+    "itemsize",
+    "pack",
+    "pad",
+    "raw",
+    "wire_dtype",
+]
+
+Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
+_DTYPES = {pb.FLOAT32: torch.float32, pb.BFLOAT16: torch.bfloat16, pb.FLOAT16: torch.float16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_NUMBERS = {2: (torch.int16, "<i2"), 4: (torch.int32, "<i4")}
+_HALF_TOP = 2.0**14
+"""Largest magnitude after scaling to float16, whose maximum is 65504: a reserve of two doublings."""
+
+
+def wire_dtype(code: pb.DType) -> torch.dtype:
+    """The torch dtype of a wire code.
+
+    Raises:
+        HostRefused: unknown code.
+    """
+    if code not in _DTYPES:
+        raise HostRefused(f"dtype: got wire code {code}, expected FLOAT32, BFLOAT16 or FLOAT16")
+    return _DTYPES[code]
+
+
+def itemsize(code: pb.DType) -> int:
+    """Bytes of one number of a wire code."""
+    return wire_dtype(code).itemsize
+
+
+def pad(lengths: Sequence[int]) -> Tensor:
+    """Mask ``(B, L)`` of samples that start at column 0, with L the longest of ``lengths``."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    return torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
+
+
+def encode(rows: Tensor, dtype: torch.dtype) -> tuple[memoryview, float]:
+    """Raw bytes of ``rows`` in ``dtype``, and the power of two they were multiplied by.
+
+    Args:
+        rows: any shape, any float type, any device.
+        dtype: float32, bfloat16 or float16.
+    """
+    scale = 1.0
+    if dtype == torch.float16:
+        top = float(rows.abs().max()) if rows.numel() else 0.0
+        if 0 < top < math.inf:
+            # frexp: top = m 2^e with m below 1, so top * scale < _HALF_TOP. The bounds keep `scale` a float32.
+            exponent = min(max(int(math.log2(_HALF_TOP)) - math.frexp(top)[1], -120), 120)
+            scale = 2.0**exponent
+            rows = rows.float() * scale
+    return raw(rows.to(dtype)), scale
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Little-endian bytes of a tensor of 2- or 4-byte numbers."""
+    like, order = _NUMBERS[tensor.element_size()]
+    numbers = tensor.detach().cpu().contiguous().view(-1).view(like).numpy()
+    return numbers.astype(order, copy=False).view(np.uint8).data
+
+
+def decode(buffer: Bytes, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Numbers ``(n,)`` from their little-endian bytes ``(n * itemsize,)``; float16 comes back as float32.
+
+    The result may share memory with ``buffer``.
+    """
+    like, order = _NUMBERS[dtype.itemsize]
+    numbers = (
+        torch.from_numpy(buffer.view(order).astype(order.replace("<", "="), copy=False))
+        .view(like)
+        .view(dtype)
+    )
+    return numbers if dtype != torch.float16 else numbers.float() / scale
+
+
+def decode_labels(buffer: Bytes) -> Tensor:
+    """Labels ``(n,)`` int64 from their int32 bytes ``(4 n,)``."""
+    return torch.from_numpy(buffer.view("<i4").astype(np.int64))
+
+
+def pack(rows: Tensor, dtype: torch.dtype, lengths: Sequence[int]) -> tuple[pb.Packed, memoryview]:
+    """Header and bytes of real tokens.
+
+    Args:
+        rows: ``(N, d)``, samples end to end.
+        dtype: type on the wire.
+        lengths: tokens of each sample, summing to N.
+    """
+    data, scale = encode(rows, dtype)
+    return pb.Packed(dtype=_CODES[dtype], hidden_size=rows.shape[1], lengths=lengths, scale=scale), data
+
+
+def chunks(parts: Sequence[memoryview], size: int) -> Iterator[bytes]:
+    """Cut ``parts``, laid end to end, into pieces of ``size`` bytes; a piece never spans two parts."""
+    for part in parts:
+        for start in range(0, len(part), size):
+            yield bytes(part[start : start + size])
+
+
+class Assembler:
+    """Collects chunks into one buffer of known length.
+
+    Args:
+        nbytes: length that the header announced.
+        what: names the stream in errors.
+    """
+
+    def __init__(self, nbytes: int, what: str) -> None:
+        # Memory of torch is always aligned alike, so that results do not depend on where the bytes came to lie.
+        self._memory = torch.empty(nbytes, dtype=torch.uint8).numpy()
+        self._at, self._what = 0, what
+
+    def __len__(self) -> int:
+        """Bytes announced."""
+        return len(self._memory)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all announced bytes are there."""
+        return self._at == len(self._memory)
+
+    def add(self, chunk: bytes) -> None:
+        """Append one chunk.
+
+        Raises:
+            HostRefused: the chunk is empty, or runs over the announced length.
+        """
+        end = self._at + len(chunk)
+        if not chunk or end > len(self._memory):
+            raise HostRefused(
+                f"{self._what}: got a chunk of {len(chunk)} bytes at byte {self._at}, "
+                f"expected {len(self._memory)} bytes in all, as the header says"
+            )
+        self._memory[self._at : end] = np.frombuffer(chunk, dtype=np.uint8)
+        self._at = end
+
+    def take(self, nbytes: int, offset: int = 0) -> Bytes:
+        """Bytes ``[offset, offset + nbytes)`` of the finished buffer.
+
+        Raises:
+            HostRefused: the stream ended before all bytes came.
+        """
+        if not self.complete:
+            raise HostRefused(
+                f"{self._what}: got {self._at} bytes, expected {len(self._memory)} as the header says"
+            )
+        piece: Bytes = self._memory[offset : offset + nbytes]
+        return piece

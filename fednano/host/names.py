@@ -1,0 +1,14 @@
+"""Names and sizes that host and client share."""
+
+from __future__ import annotations
+
+__all__ = ["CHUNK_BYTES", "LABEL_BYTES", "REASON_KEY", "SERVICE"]
+
+SERVICE = "fednano.host.v1.LanguageHost"
+"""Full name of the gRPC service."""
+REASON_KEY = "fednano-reason"
+"""Trailing metadata entry that tells an answer of the host itself from one of the connection."""
+CHUNK_BYTES = 1 << 20
+"""Size of a chunk, a quarter of gRPC's default limit on a message."""
+LABEL_BYTES = 4
+"""Bytes of one label on the wire."""

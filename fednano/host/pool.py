@@ -1,0 +1,90 @@
+"""Admission and computation: how much a host takes on at once, and where it computes.
+
+Each request is computed alone, in the order of arrival, by one of a few worker threads with a fixed number of
+torch threads. So the bits of a reply depend on its request alone, not on what else the host is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import torch
+
+from fednano.errors import ConfigError
+from fednano.host.limits import HostLimits
+from fednano.host.stats import Stats
+
+__all__ = ["BusyError", "ComputePool"]
+
+T = TypeVar("T")
+
+
+class BusyError(Exception):
+    """The host has taken on all it may; the caller should try again later."""
+
+
+class ComputePool:
+    """Bounded admission in front of a pool of worker threads.
+
+    Args:
+        limits: ``max_requests`` and ``max_buffered_bytes`` bound what is admitted.
+        stats: where to count.
+        workers: computations at one time.
+        threads: torch threads of each computation; ``None`` leaves torch's setting alone. It is a setting of
+            the whole process.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+
+    def __init__(
+        self, limits: HostLimits, stats: Stats, *, workers: int = 1, threads: int | None = None
+    ) -> None:
+        for name, value in (("workers", workers), ("threads", 1 if threads is None else threads)):
+            if value < 1:
+                raise ConfigError(f"{name}: got {value}, expected at least 1")
+        self._limits, self._stats = limits, stats
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="language-host")
+
+    @asynccontextmanager
+    async def admit(self, nbytes: int) -> AsyncIterator[None]:
+        """Hold a place for one request of ``nbytes`` of tensors, from its header to its last reply.
+
+        Raises:
+            BusyError: there is no place now.
+        """
+        stats, limits = self._stats, self._limits
+        if stats.get("in_flight") >= limits.max_requests:
+            raise BusyError(
+                f"{limits.max_requests} requests are in flight, the most this host takes on; try again later"
+            )
+        # A lone request is always admitted: its own size has been checked before.
+        if stats.get("in_flight") and stats.get("buffered_bytes") + nbytes > limits.max_buffered_bytes:
+            raise BusyError(f"requests in flight hold {stats.get('buffered_bytes')} bytes; try again later")
+        stats.add("in_flight")
+        stats.add("buffered_bytes", nbytes)
+        try:
+            yield
+        finally:
+            stats.add("in_flight", -1)
+            stats.add("buffered_bytes", -nbytes)
+
+    async def run(self, compute: Callable[[], T]) -> T:
+        """Run ``compute`` on a worker. If the caller is cancelled while it waits, it never runs."""
+
+        def job() -> T:
+            loop.call_soon_threadsafe(self._stats.add, "computed")
+            return compute()
+
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, job)
+
+    async def close(self) -> None:
+        """Drop what waits, let running computations end."""
+        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)

@@ -1,0 +1,285 @@
+"""The gRPC service: receives requests, checks them, has them computed, and answers in chunks.
+
+Whatever goes wrong in one call ends that call with a status and a trailing ``fednano-reason``; no other call
+notices.
+
+=====================  ====================  =========================================================
+status                 reason                when
+=====================  ====================  =========================================================
+INVALID_ARGUMENT       ``invalid``           shape, dtype, limits, ids, non-finite numbers, framing
+FAILED_PRECONDITION    ``model``             the client expects another model
+UNAUTHENTICATED        ``auth``              the token is missing or refused
+RESOURCE_EXHAUSTED     ``busy``              no place, or out of memory: try again later
+DEADLINE_EXCEEDED      ``idle``              the client stopped sending
+INTERNAL               ``internal``          a fault of the host, written to its log
+=====================  ====================  =========================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+import torch
+from torch import Tensor
+
+from fednano import __version__
+from fednano.errors import ConfigError, HostRefused
+from fednano.host import codec
+from fednano.host.limits import HostLimits
+from fednano.host.names import CHUNK_BYTES, LABEL_BYTES, REASON_KEY
+from fednano.host.pool import BusyError, ComputePool
+from fednano.host.proto import language_host_pb2 as pb
+from fednano.host.proto import language_host_pb2_grpc as pb_grpc
+from fednano.host.security import TokenRefusedError, TokenVerifier, parse_bearer
+from fednano.host.stats import Stats
+from fednano.models.language import Generation, LocalLLM
+from fednano.models.language_inputs import IGNORE
+
+__all__ = ["LanguageHost"]
+
+log = logging.getLogger(__name__)
+
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+class LanguageHost(pb_grpc.LanguageHostServicer):
+    """The service over one `LocalLLM`.
+
+    Args:
+        llm: the model.
+        pool: where to compute.
+        limits: bounds on one request.
+        stats: where to count.
+        verifier: checks tokens; ``None`` admits everybody.
+        chunk_bytes: size of the chunks of a reply.
+    """
+
+    def __init__(
+        self,
+        llm: LocalLLM,
+        pool: ComputePool,
+        limits: HostLimits,
+        stats: Stats,
+        *,
+        verifier: TokenVerifier | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self._llm, self._pool, self._limits, self._stats = llm, pool, limits, stats
+        self._verifier, self._chunk_bytes = verifier, chunk_bytes
+
+    async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeReply:  # noqa: N802
+        """What the host serves and what it accepts."""
+        from fednano.training.objectives import objective_names
+
+        async with self._call(context, "describe"):
+            part, limits = self._llm.part, self._limits
+            return pb.DescribeReply(
+                fingerprint=part.fingerprint,
+                hidden_size=part.hidden_size,
+                vocab_size=part.vocab_size,
+                max_positions=part.max_positions,
+                dtype=str(self._llm.dtype).removeprefix("torch."),
+                eos_token_ids=part.eos_token_ids,
+                pad_token_id=part.pad_token_id,
+                objectives=objective_names(),
+                limits=pb.Limits(
+                    max_batch=limits.max_batch,
+                    max_tokens=limits.max_tokens,
+                    max_new_tokens=limits.max_new_tokens,
+                    max_request_bytes=limits.max_request_bytes,
+                ),
+                version=__version__,
+            )
+        raise AssertionError("unreachable")
+
+    async def Stats(self, request: pb.StatsRequest, context: _Context) -> pb.StatsReply:  # noqa: N802
+        """Counters since the host started."""
+        async with self._call(context, "stats"):
+            return pb.StatsReply(counters=self._stats.snapshot())
+        raise AssertionError("unreachable")
+
+    async def Step(self, request: Any, context: _Context) -> None:  # noqa: N802
+        """One training step."""
+        async with self._call(context, "step"):
+            header = await self._header(context, "step", pb.StepRequest)
+            tokens, body = self._sizes(header, per_token=LABEL_BYTES)
+            async with self._pool.admit(body):
+                buffer = await self._receive(context, "step", body)
+                arrived = time.monotonic()
+                reply, gradient = await self._pool.run(
+                    lambda: self._compute_step(header, buffer, tokens, arrived)
+                )
+                await self._send(context, "step", pb.StepReply(header=reply))
+                for chunk in codec.chunks([gradient], self._chunk_bytes):
+                    await self._send(context, "step", pb.StepReply(chunk=chunk))
+            self._count("step", header)
+
+    async def Generate(self, request: Any, context: _Context) -> None:  # noqa: N802
+        """Greedy answers, one reply per token."""
+        async with self._call(context, "generate"):
+            header = await self._header(context, "generate", pb.GenerateRequest)
+            _, body = self._sizes(header, new_tokens=header.max_new_tokens)
+            packed = header.embeds
+            async with self._pool.admit(body):
+                buffer = await self._receive(context, "generate", body)
+                state = await self._pool.run(lambda: self._begin(header, buffer))
+                await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
+                size = len(packed.lengths) * packed.hidden_size * codec.itemsize(packed.dtype)
+                while not state.done:
+                    embeds = None
+                    if header.client_embeds:
+                        frame = await self._receive(context, "generate", size)
+                        numbers = codec.decode(frame.take(size), codec.wire_dtype(packed.dtype))
+                        embeds = numbers.view(len(packed.lengths), packed.hidden_size)
+                    await self._pool.run(lambda e=embeds: state.advance(e))  # type: ignore[misc]
+                    await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
+            self._count("generate", header)
+
+    def _compute_step(
+        self, header: pb.StepHeader, buffer: codec.Assembler, tokens: int, arrived: float
+    ) -> tuple[pb.StepResult, memoryview]:
+        """Losses and gradient of one request; runs on a worker."""
+        started = time.monotonic()
+        x, mask = self._unpack(header.embeds, buffer)
+        size = tokens * LABEL_BYTES
+        numbers = codec.decode_labels(buffer.take(size, offset=len(buffer) - size))
+        labels = torch.full(mask.shape, IGNORE)
+        labels[mask] = numbers
+        with torch.set_grad_enabled(header.want_gradient):
+            losses = self._llm.loss(x.requires_grad_(header.want_gradient), mask, labels, header.objective)
+        result, data = pb.StepResult(waited_s=started - arrived), memoryview(b"")
+        if header.want_gradient:
+            (gradient,) = torch.autograd.grad(losses.sum(), x)
+            dtype = codec.wire_dtype(header.embeds.dtype)
+            packed, data = codec.pack(gradient[mask], dtype, header.embeds.lengths)
+            result.gradient.CopyFrom(packed)
+        result.losses.extend(losses.tolist())
+        result.computed_s = time.monotonic() - started
+        return result, data
+
+    def _begin(self, header: pb.GenerateHeader, buffer: codec.Assembler) -> Generation:
+        x, mask = self._unpack(header.embeds, buffer)
+        return Generation(self._llm, x, mask, header.max_new_tokens)
+
+    def _unpack(self, packed: pb.Packed, buffer: codec.Assembler) -> tuple[Tensor, Tensor]:
+        """Embeddings ``(B, L, d)``, zeros as padding, and mask ``(B, L)`` of a received request."""
+        dtype = codec.wire_dtype(packed.dtype)
+        nbytes = sum(packed.lengths) * packed.hidden_size * dtype.itemsize
+        rows = codec.decode(buffer.take(nbytes), dtype, packed.scale).view(-1, packed.hidden_size)
+        mask = codec.pad(packed.lengths)
+        if bool(mask.all()):
+            return rows.view(*mask.shape, -1), mask
+        x = rows.new_zeros(*mask.shape, packed.hidden_size)
+        x[mask] = rows
+        return x, mask
+
+    def _sizes(self, header: Any, *, per_token: int = 0, new_tokens: int = 0) -> tuple[int, int]:
+        """Tokens and tensor bytes that a header announces, after all checks that need no tensor.
+
+        Raises:
+            HostRefused: out of bounds.
+        """
+        part, packed = self._llm.part, header.embeds
+        if header.fingerprint and header.fingerprint != part.fingerprint:
+            raise _OtherModel(
+                f"this host serves model {part.fingerprint[:12]}, the client expects {header.fingerprint[:12]}; "
+                "start both with the same model, or connect anew"
+            )
+        if packed.hidden_size != part.hidden_size:
+            raise HostRefused(f"hidden_size: got {packed.hidden_size}, expected {part.hidden_size}")
+        itemsize = codec.itemsize(packed.dtype)
+        if not (math.isfinite(packed.scale) and packed.scale > 0):
+            raise HostRefused(f"scale: got {packed.scale}, expected a positive finite number")
+        tokens = sum(packed.lengths)
+        nbytes = tokens * (packed.hidden_size * itemsize + per_token)
+        self._limits.check(packed.lengths, nbytes, new_tokens)
+        longest = max(packed.lengths)
+        if longest + new_tokens > part.max_positions:
+            i = list(packed.lengths).index(longest)
+            extra = f" and asks for {new_tokens} new ones" if new_tokens else ""
+            raise HostRefused(
+                f"sample {i} has {longest} tokens{extra}; the model has {part.max_positions} positions: shorten it"
+            )
+        return tokens, nbytes
+
+    async def _header(self, context: _Context, call: str, kind: Any) -> Any:
+        message = await self._next(context, call)
+        if message is None or message.WhichOneof("frame") != "header":
+            raise HostRefused(f"{call}: got no header, expected it as the first message")
+        return message.header
+
+    async def _receive(self, context: _Context, call: str, nbytes: int) -> codec.Assembler:
+        """Collect ``nbytes`` of chunks."""
+        buffer = codec.Assembler(nbytes, call)
+        while not buffer.complete:
+            message = await self._next(context, call)
+            if message is None:
+                buffer.take(0)  # says how many bytes are missing
+            elif message.WhichOneof("frame") != "chunk":
+                raise HostRefused(f"{call}: got a second header, expected chunks")
+            else:
+                buffer.add(message.chunk)
+        return buffer
+
+    async def _next(self, context: _Context, call: str) -> Any:
+        async with asyncio.timeout(self._limits.idle_seconds):
+            message = await context.read()
+        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
+            return None
+        self._stats.add(f"{call}_received_bytes", message.ByteSize())
+        return message
+
+    async def _send(self, context: _Context, call: str, message: Any) -> None:
+        await context.write(message)
+        self._stats.add(f"{call}_sent_bytes", message.ByteSize())
+
+    def _count(self, call: str, header: Any) -> None:
+        self._stats.add(f"{call}_done")
+        self._stats.add(f"{call}_samples", len(header.embeds.lengths))
+        self._stats.add(f"{call}_tokens", sum(header.embeds.lengths))
+
+    @asynccontextmanager
+    async def _call(self, context: _Context, call: str) -> AsyncIterator[None]:
+        """Check the token, and turn whatever goes wrong into a status."""
+        self._stats.add(f"{call}_requests")
+        try:
+            if self._verifier is not None:
+                metadata = dict(context.invocation_metadata() or ())
+                token = parse_bearer(metadata.get("authorization"))
+                self._verifier.verify(token, method=call, peer=context.peer())
+            yield
+        except asyncio.CancelledError:
+            self._stats.add("cancelled")
+            raise
+        except TokenRefusedError as error:
+            await self._abort(context, grpc.StatusCode.UNAUTHENTICATED, "auth", str(error))
+        except _OtherModel as error:
+            await self._abort(context, grpc.StatusCode.FAILED_PRECONDITION, "model", str(error))
+        except (HostRefused, ConfigError) as error:
+            await self._abort(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid", str(error))
+        except (BusyError, MemoryError, torch.OutOfMemoryError) as error:
+            await self._abort(
+                context, grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", str(error) or "out of memory"
+            )
+        except TimeoutError:
+            waited = f"nothing came from the client for {self._limits.idle_seconds:g} s"
+            await self._abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, "idle", waited)
+        except Exception:
+            log.exception("%s failed", call)
+            await self._abort(context, grpc.StatusCode.INTERNAL, "internal", "the host failed; see its log")
+
+    async def _abort(self, context: _Context, code: grpc.StatusCode, reason: str, text: str) -> NoReturn:
+        self._stats.add(f"refused_{reason}")
+        await context.abort(code, text, ((REASON_KEY, reason),))
+        raise AssertionError("unreachable")
+
+
+class _OtherModel(HostRefused):
+    """The client expects another model."""

@@ -1,0 +1,32 @@
+"""Counters of a host. All are written from its event loop, so no lock is needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+__all__ = ["Stats"]
+
+
+class Stats:
+    """Named counters: ``step_requests``, ``step_samples``, ``refused_invalid``, ...
+
+    Those that only grow: for each call, ``<call>_requests`` (arrived), ``<call>_done``, ``<call>_samples``,
+    ``<call>_tokens``, ``<call>_received_bytes`` and ``<call>_sent_bytes`` (serialised messages); ``computed``
+    (jobs that ran) and, for each reason, ``refused_<reason>``; ``cancelled`` (the caller left or its deadline
+    passed). Those that also fall: ``in_flight`` (requests admitted) and ``buffered_bytes`` (their tensors).
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Raise (or, by a negative amount, lower) a counter."""
+        self._counts[name] += amount
+
+    def get(self, name: str) -> int:
+        """One counter, 0 if it was never raised."""
+        return self._counts[name]
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters that were ever raised."""
+        return dict(self._counts)

@@ -1,0 +1,83 @@
+"""Bytes and samples that a client really moved."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields, replace
+
+__all__ = ["Meter", "Wire", "WireCount"]
+
+
+@dataclass(frozen=True)
+class WireCount:
+    """What one kind of call moved so far, repeated attempts included.
+
+    Attributes:
+        sent_bytes: serialised messages handed to gRPC (without its framing: 5 bytes a message, and HTTP/2 and
+        TLS). received_bytes: serialised messages taken from it.
+        calls: attempts.
+        samples: samples of the calls that succeeded.
+    """
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    calls: int = 0
+    samples: int = 0
+
+    def __add__(self, other: WireCount) -> WireCount:
+        return WireCount(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(WireCount)))
+
+    def __sub__(self, other: WireCount) -> WireCount:
+        return WireCount(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(WireCount)))
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What a client moved so far, by kind of call. Its own attributes are the totals."""
+
+    step: WireCount = WireCount()
+    generate: WireCount = WireCount()
+    describe: WireCount = WireCount()
+
+    @property
+    def total(self) -> WireCount:
+        """All calls together."""
+        return self.step + self.generate + self.describe
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent by all calls."""
+        return self.total.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received by all calls."""
+        return self.total.received_bytes
+
+    @property
+    def calls(self) -> int:
+        """Attempts of all calls."""
+        return self.total.calls
+
+    @property
+    def samples(self) -> int:
+        """Samples of all calls that succeeded."""
+        return self.total.samples
+
+
+class Meter:
+    """Adds up counts from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wire = Wire()
+
+    def add(self, call: str, count: WireCount) -> None:
+        """Add ``count`` to a kind of call ("step", "generate", "describe")."""
+        with self._lock:
+            self._wire = replace(self._wire, **{call: getattr(self._wire, call) + count})
+
+    def read(self) -> Wire:
+        """A snapshot."""
+        with self._lock:
+            return self._wire
