@@ -1,1 +1,23 @@
-"""Triton kernels and their torch references."""
+"""Triton kernels and their torch references, imported as ``fednano_kernels``.
+
+Every public function is a differentiable operator on torch tensors. CUDA tensors go to Triton; on any other device, and
+where triton is not installed, the plain torch reference beside each kernel runs.
+"""
+
+from typing import TYPE_CHECKING
+
+# With a checkout on the path, a library that looks for the package `kernels` of Hugging Face finds this folder under
+# its bare name. It must find nothing there: the operators can be registered only once in a process.
+if TYPE_CHECKING or __name__ == "fednano_kernels":
+    from ._dispatch import KernelArgumentError
+    from .linear_token_loss import OBJECTIVES, linear_token_loss, linear_token_loss_reference
+    from .nano_adapter import nano_adapter, nano_adapter_reference
+
+    __all__ = [
+        "OBJECTIVES",
+        "KernelArgumentError",
+        "linear_token_loss",
+        "linear_token_loss_reference",
+        "nano_adapter",
+        "nano_adapter_reference",
+    ]
