@@ -389,15 +389,22 @@ class AdapterLayer(nn.Module):
             raise ModelError(f"site {self.site.name!r} is merged; unmerge before changing the rank")
         own = self._flat_weight()
         source = None if own is None else sites.as_float64(own)
-        device = next(iter(self.theta.values())).device
         theta = {name: value.detach() for name, value in self.theta.items()}
         adapter, theta, basis = self.adapter.resize(
             self.site, theta, self.basis, rank=rank, weight=source, seed=self.seed
         )
+        self.adopt(adapter, theta, basis)
+
+    def adopt(self, adapter: Adapter, theta: Tensors, basis: Tensors) -> None:
+        """Continue with another adapter of the same family and its tensors (after a resize or a change of phase).
+
+        Optimisers must be rebuilt: the parameters are new objects.
+        """
         adapter.leaves(self.site)
+        device = next(iter(self.theta.values())).device
         self.adapter = adapter
-        self._set_basis(basis)
-        self.theta = nn.ParameterDict({name: nn.Parameter(value) for name, value in theta.items()})
+        self._set_basis({name: value.detach() for name, value in basis.items()})
+        self.theta = nn.ParameterDict({name: nn.Parameter(value.detach()) for name, value in theta.items()})
         self._move(device)
 
     def release(self) -> nn.Module | None:

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class Method(abc.ABC):
     name: ClassVar[str] = ""
     kinds: ClassVar[frozenset[Kind]] = ALL_KINDS
     instead: ClassVar[str] = "lora"  # named in the message when a site's kind is not supported
+    size_option: ClassVar[str] = "rank"
+    grows_silently: ClassVar[bool] = True  # whether new ranks add nothing before they are trained
 
     personal: tuple[str, ...] = ()
     dropout: float = 0.0
@@ -44,9 +46,9 @@ class Method(abc.ABC):
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"adapter {self.name!r}: got dropout={self.dropout}; expected 0 <= dropout < 1")
-        rank = getattr(self, "rank", 1)
+        rank = getattr(self, self.size_option, 1)
         if rank < 1:
-            raise ConfigError(f"adapter {self.name!r}: got rank={rank}; expected rank >= 1")
+            raise ConfigError(f"adapter {self.name!r}: got {self.size_option}={rank}; expected >= 1")
         self.validate()
 
     def validate(self) -> None:  # noqa: B027 - most adapters have nothing more to check
@@ -83,6 +85,11 @@ class Method(abc.ABC):
         """Whether ``path`` is the whole layer and the base weight is not used."""
         return False
 
+    @property
+    def bounded_rank(self) -> int:
+        """The rank that may not exceed min(d_in, d_out); 1 for methods whose size is not a rank."""
+        return int(getattr(self, "rank", 1))
+
     def check(self, site: Site) -> None:
         """Raise if the adapter cannot sit at the site.
 
@@ -95,7 +102,7 @@ class Method(abc.ABC):
                 f"adapter {self.name!r} cannot sit on {site.kind} site {site.name!r}; it supports "
                 f"{', '.join(sorted(self.kinds))}. Choose other sites, or an adapter such as {self.instead!r}"
             )
-        rank = getattr(self, "rank", 1)
+        rank = self.bounded_rank
         if rank > site.full_rank:
             raise ConfigError(
                 f"adapter {self.name!r}: got rank={rank} at site {site.name!r}; expected rank <= "
@@ -223,23 +230,72 @@ class Method(abc.ABC):
         out = base(x)
         return out + extra.to(out.dtype)
 
+    @property
+    def resizable(self) -> bool:
+        """Whether `resize` works; `size_option` names the option that it changes."""
+        return any(field.name == self.size_option for field in dataclasses.fields(self))
+
+    def resized(self, rank: int) -> Method:
+        """The same adapter with another rank; the factor before the change stays what it was."""
+        change: dict[str, Any] = {self.size_option: rank}
+        return dataclasses.replace(self, **change)
+
     def resize(
         self, site: Site, theta: Tensors, basis: Tensors, *, rank: int, weight: Tensor | None, seed: int
     ) -> tuple[Method, Tensors, Tensors]:
-        """Another rank.
+        """Another rank: leaves are cut to their first ranks, or grow by fresh ones.
 
         Args:
             site: the site.
             theta: trainable leaves.
             basis: frozen leaves.
-            rank: the new rank.
-            weight: ``(d_out, d_in)`` or None; needed to grow a basis that comes from the weight.
+            rank: the new value of the option `size_option`.
+            weight: ``(d_out, d_in)`` or None; a basis from the weight grows by its next directions, or
+                without it by seeded ones.
             seed: the run's seed, for what is new.
 
         Returns:
-            ``(adapter, theta, basis)`` of the new rank; ranks that stay keep their function.
+            ``(adapter, theta, basis)`` of the new rank. Ranks that stay keep their function; if
+            ``grows_silently``, new ones add nothing until they are trained.
 
         Raises:
-            ConfigError: the method has no rank to change.
+            ConfigError: the method has no rank that can change, or the new one does not fit.
         """
-        raise ConfigError(f"adapter {self.name!r} has no rank that can be changed; create a new one instead")
+        if not self.resizable:
+            raise ConfigError(
+                f"adapter {self.name!r} has no rank that can be changed; create a new adapter instead"
+            )
+        other = self.resized(rank)
+        other.leaves(site)
+        frozen = other.frozen(site)
+        old = {name: value.cpu() for name, value in basis.items()}
+        if rank < getattr(self, self.size_option):
+            grown = {name: _cut(value, frozen[name].shape) for name, value in old.items()}
+        else:
+            grown = other.extend(site, old, weight, seed)
+        fresh = other.start(site, seed, grown)
+        other.quiet(fresh, theta, grown)
+        for name, value in fresh.items():
+            _overlay(value, theta[name].cpu())
+            fresh[name] = value.to(theta[name].dtype)
+        return other, fresh, grown
+
+    def extend(self, site: Site, basis: Tensors, weight: Tensor | None, seed: int) -> Tensors:
+        """Grow a smaller basis to this adapter's size; what was there stays, bit for bit."""
+        grown = self.freeze(site, weight, seed, None)
+        for name, value in grown.items():
+            _overlay(value, basis[name])
+        return grown
+
+    def quiet(self, fresh: Tensors, theta: Tensors, basis: Tensors) -> None:  # noqa: B027 - zero init is quiet
+        """Set the new parts of ``fresh`` so that growing does not change the function; ``theta`` are the old leaves."""
+
+
+def _cut(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return value[tuple(slice(0, size) for size in shape)].clone()
+
+
+def _overlay(new: Tensor, old: Tensor) -> None:
+    """Copy the common leading block of ``old`` into ``new``, in place."""
+    block = tuple(slice(0, min(a, b)) for a, b in zip(new.shape, old.shape, strict=True))
+    new[block] = old[block].to(new.dtype)

@@ -48,8 +48,13 @@ class NanoAdapter(Method):
 
     @property
     def algebra(self) -> Algebra:
-        """A product of two trained factors; with GELU no algebra at all."""
-        return Algebra.MULTILINEAR if self.act == "linear" else Algebra.NONLINEAR
+        """A product of two trained factors, linear in one if the other is personal; with GELU no algebra while A is
+        shared."""
+        if "A" in self.personal:
+            return Algebra.AFFINE
+        if self.act != "linear":
+            return Algebra.NONLINEAR
+        return Algebra.AFFINE if self.personal else Algebra.MULTILINEAR
 
     @property
     def mergeable(self) -> bool:
@@ -77,13 +82,3 @@ class NanoAdapter(Method):
         """``s * act(x A) B`` for ``x`` ``(..., d_in)``."""
         z = x @ theta["A"]
         return self.scale * ((F.gelu(z) if self.act == "gelu" else z) @ theta["B"])
-
-    def resize(
-        self, site: Site, theta: Tensors, basis: Tensors, *, rank: int, weight: Tensor | None, seed: int
-    ) -> tuple[Method, Tensors, Tensors]:
-        """Cut the last ranks, or append ranks with a fresh ``A`` and a zero ``B``."""
-        other = dataclasses.replace(self, rank=rank)
-        new, keep = other.start(site, seed, {}), min(rank, self.rank)
-        new["A"][:, :keep] = theta["A"][:, :keep]
-        new["B"][:keep] = theta["B"][:keep]
-        return other, new, {}

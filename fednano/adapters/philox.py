@@ -33,11 +33,12 @@ import struct
 
 import torch
 
-__all__ = ["choice", "key", "normal", "permutation", "philox4x32", "uniform", "words"]
+__all__ = ["key", "normal", "permutation", "philox4x32", "sample", "signed", "ternary", "uniform", "words"]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+Key = int | torch.Tensor
 _CHUNK = 1 << 20  # counters per step: bounds the int64 temporaries to a few tens of MiB
 
 
@@ -53,6 +54,11 @@ def key(seed: int, site: str, leaf: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def signed(k: int) -> int:
+    """The key as a signed 64-bit number, to store it in an int64 tensor."""
+    return k - 2**64 if k >= 2**63 else k
+
+
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """High and low 32 bits of ``a * b`` for 32-bit words held in int64; the 64-bit product may wrap, its
     bits stay."""
@@ -61,13 +67,13 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def philox4x32(
-    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], k: int, rounds: int = 10
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], k: Key, rounds: int = 10
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32 block function.
 
     Args:
         counter: four tensors of counter words, each ``(n,)`` int64 in [0, 2**32).
-        k: 64-bit key; its low half is key word 0.
+        k: 64-bit key, an int or a 0-d int64 tensor (no device synchronisation); its low half is key word 0.
         rounds: number of rounds; 10 is the standard.
 
     Returns:
@@ -83,7 +89,7 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _blocks(k: int, plane: int, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _blocks(k: Key, plane: int, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """The four words of counters ``(start..stop, plane, 0, 0)``, each ``(stop - start,)``."""
     c0 = torch.arange(start, stop, dtype=torch.int64, device=device)
     zero = torch.zeros_like(c0)
@@ -91,7 +97,7 @@ def _blocks(k: int, plane: int, start: int, stop: int, device: torch.device) -> 
 
 
 def words(
-    k: int, n: int, *, planes: int = 1, first: int = 0, device: torch.device | str = "cpu"
+    k: Key, n: int, *, planes: int = 1, first: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Return uniform 32-bit words.
 
@@ -125,7 +131,7 @@ def _float32(value: float) -> float:
 
 
 def uniform(
-    k: int,
+    k: Key,
     shape: tuple[int, ...],
     bound: float = math.sqrt(3.0),
     *,
@@ -175,6 +181,44 @@ def permutation(k: int, n: int) -> torch.Tensor:
     return torch.sort(words(k, n)[0], stable=True).indices
 
 
-def choice(k: int, n: int, count: int) -> torch.Tensor:
-    """Return ``count`` different numbers of ``range(n)``, ascending, ``(count,)`` int64."""
-    return permutation(k, n)[:count].sort().values
+def sample(k: int, n: int, count: int) -> torch.Tensor:
+    """Return ``count`` different numbers of ``range(n)`` in random order, ``(count,)`` int64.
+
+    Fewer numbers are the first of more. Up to n / 2 numbers come from words scaled to the range with
+    repetitions dropped, so that work grows with ``count`` and not with n; the rest from a `permutation`.
+    """
+    if n >= 2**31 or count > n:
+        raise ValueError(f"sample: got n={n}, count={count}; expected count <= n < 2**31")
+    half, tries = min(count, n // 2), 2 * min(count, n // 2) + 64
+    first = _distinct(k, n, tries)
+    while len(first) < half:
+        tries *= 2
+        first = _distinct(k, n, tries)
+    first = first[:half]
+    if count == half:
+        return first
+    rest = permutation(k, n)
+    return torch.cat([first, rest[~torch.isin(rest, first)]])[:count]
+
+
+def _distinct(k: int, n: int, tries: int) -> torch.Tensor:
+    """Numbers of ``range(n)`` in the order of their first draw among ``tries``."""
+    drawn = (words(k, tries)[0] * n) >> 32
+    order = torch.sort(drawn, stable=True)
+    fresh = torch.ones_like(drawn, dtype=torch.bool)
+    fresh[1:] = order.values[1:] != order.values[:-1]
+    return drawn[order.indices[fresh].sort().values]
+
+
+def ternary(k: int, shape: tuple[int, ...], *, planes: bool = False) -> torch.Tensor:
+    """Return float32 -sqrt(3), 0, sqrt(3) with probabilities 1/6, 2/3, 1/6: unit variance, sparse.
+
+    Args:
+        k: 64-bit key.
+        shape: shape of the result.
+        planes: whether the first dimension counts planes.
+    """
+    count, n = (shape[0], math.prod(shape[1:])) if planes else (1, math.prod(shape))
+    word = words(k, n, planes=count)
+    sign = (word < 2**32 // 6).to(torch.int64) - (word >= 2**32 - 2**32 // 6).to(torch.int64)
+    return (sign.to(torch.float32) * _float32(math.sqrt(3.0))).reshape(shape)

@@ -80,10 +80,14 @@ def test_moments() -> None:
     assert kurtosis == pytest.approx(-0.15, abs=0.05)
 
 
-def test_choice_is_distinct_and_sorted() -> None:
-    picked = philox.choice(philox.key(0, "c", "i"), 100, 30)
-    assert picked.tolist() == sorted(set(picked.tolist()))
-    assert len(picked) == 30
+def test_samples_are_distinct_prefixes() -> None:
+    k = philox.key(0, "c", "i")
+    for n, count in ((100, 60), (100, 20), (10**9, 5000)):
+        picked = philox.sample(k, n, count).tolist()
+        assert len(set(picked)) == count
+        assert min(picked) >= 0
+        assert max(picked) < n
+        assert philox.sample(k, n, count * 2 // 3).tolist() == picked[: count * 2 // 3]
     assert sorted(philox.permutation(5, 50).tolist()) == list(range(50))
 
 
@@ -123,3 +127,15 @@ def test_triton_gives_the_same_words(tmp_path: object) -> None:
     got = torch.tensor([int(word) for word in run.stdout.split()]).view(5, 16)
     assert torch.equal(got[:4], philox.words(k, 16, planes=4, first=8))
     assert torch.equal(got[4], philox.words(k, 16)[0])
+
+
+def test_ternary_is_sparse_with_unit_variance() -> None:
+    got = philox.ternary(philox.key(0, "t", "B"), (3, 20_000), planes=True)
+    share = [float((got.sign() == sign).double().mean()) for sign in (-1, 0, 1)]
+    assert share == pytest.approx([1 / 6, 2 / 3, 1 / 6], abs=0.01)
+    assert float(got.double().square().mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_key_may_be_a_tensor() -> None:
+    k = philox.key(0, "t", "B")
+    assert torch.equal(philox.words(torch.tensor(philox.signed(k)), 8), philox.words(k, 8))
