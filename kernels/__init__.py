@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING
 # its bare name. It must find nothing there: the operators can be registered only once in a process.
 if TYPE_CHECKING or __name__ == "fednano_kernels":
     from ._dispatch import KernelArgumentError
+    from .adapter_grad_fisher import adapter_grad_fisher, adapter_grad_fisher_reference, nano_adapter_fisher
+    from .flat_adamw import flat_adamw_, flat_adamw_reference_
     from .linear_token_loss import OBJECTIVES, linear_token_loss, linear_token_loss_reference
     from .nano_adapter import nano_adapter, nano_adapter_reference
 
     __all__ = [
         "OBJECTIVES",
         "KernelArgumentError",
+        "adapter_grad_fisher",
+        "adapter_grad_fisher_reference",
+        "flat_adamw_",
+        "flat_adamw_reference_",
         "linear_token_loss",
         "linear_token_loss_reference",
         "nano_adapter",
+        "nano_adapter_fisher",
         "nano_adapter_reference",
     ]

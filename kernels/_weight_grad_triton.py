@@ -180,7 +180,9 @@ def _sum_kernel(
         _sum_parts(part1, out1, scale1, stride_k1, stride_r1, SPLITS, K1, R, BLOCK, PRECISION)
     elif FISHER:
         if job == 1:
-            _sum_parts(fisher_part, fisher, scale0 * scale0, R, 1, SPLITS, K0, R, BLOCK, PRECISION)
+            _sum_parts(
+                fisher_part, fisher, scale0 * scale0, stride_k0, stride_r0, SPLITS, K0, R, BLOCK, PRECISION
+            )
         else:
             sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros((BLOCK,), tl.float32)
@@ -204,7 +206,7 @@ def heuristic(M: int, K: int, R: int, jobs: int, dtype: torch.dtype, sms: int) -
     if dtype == torch.float32:
         block_k, block_m = 32, 16
     else:
-        block_k, block_m = min(128, max(16, next_power_of_2(K))), 64
+        block_k, block_m = min(128, 8192 // max(16, next_power_of_2(R)), max(16, next_power_of_2(K))), 64
     tiles = cdiv(K, block_k) * jobs
     splits = max(1, min(cdiv(2 * sms, tiles), cdiv(M, 4 * block_m), 32))
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "SPLITS": splits, "num_warps": 4, "STAGES": 3}
@@ -282,7 +284,7 @@ def gradients_by_sample(product: Product, rows: int, fisher: Tensor, norms: Tens
     Args:
         product: M = N * rows rows, sorted by sample.
         rows: rows of one sample, at least 1.
-        fisher: ``(k, r)`` float32, contiguous.
+        fisher: ``(k, r)`` float32, with the strides of ``product.out``.
         norms: ``(N,)`` float32.
     """
     M, K = product.big.shape
