@@ -12,6 +12,8 @@
     ├── UpdateRefused    a client's update failed validation and must not be merged
     ├── TrainingDiverged a loss or a gradient stopped being finite
     └── RunError         a run cannot start, resume or be read
+
+:class:`Interrupted` stands apart: nothing was wrong, somebody asked the run to end.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ __all__ = [
     "HostError",
     "HostRefused",
     "HostUnavailable",
+    "Interrupted",
     "ModelError",
     "RunError",
     "TrainingDiverged",
@@ -68,3 +71,7 @@ class TrainingDiverged(FednanoError):
 
 class RunError(FednanoError):
     """A run cannot start, resume or be read."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end, by Ctrl-C or from elsewhere; what was done is kept."""

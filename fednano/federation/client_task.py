@@ -32,6 +32,7 @@ from fednano.federation.model import (
     partition_samples,
     use_threads,
 )
+from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.answers import generate_answers
@@ -149,8 +150,8 @@ def train_settings(
     unknown = sorted(set(advice or {}) - ADVICE)
     if unknown:
         raise ConfigError(
-            f"the merge rule asks clients for {', '.join(unknown)}, which this version cannot do. Update the client, or "
-            "choose another rule."
+            f"the merge rule asks clients for {', '.join(unknown)}, which this version cannot do. Update the client, "
+            "or choose another rule."
         )
     mu = (advice or {}).get("proximal_mu", config.proximal_mu)
     return TrainSettings(
@@ -285,5 +286,7 @@ def perform(
 
 def _wire(llm: LanguageModel) -> tuple[int, int, int]:
     """Bytes sent and received in training steps so far, and the samples they were for; zeros without a host."""
-    wire = getattr(llm, "wire", None)
-    return (0, 0, 0) if wire is None else (wire.step_sent, wire.step_received, wire.step_samples)
+    if not isinstance(llm, RemoteLLM):
+        return (0, 0, 0)
+    step = llm.wire.step
+    return (step.sent_bytes, step.received_bytes, step.samples)

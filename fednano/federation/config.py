@@ -64,7 +64,7 @@ class RunConfig:
     fisher_floor: float = _setting(0.1, "least Fisher value, as a share of its mean")
     fraction: float = _setting(1.0, "share of the clients that take part in each round")
     min_replies: int = _setting(1, "a round with fewer valid updates keeps the old adapters")
-    max_abs: float = _setting(1e3, "an update with a larger absolute value is refused")
+    max_abs: float = _setting(100.0, "an update with a larger absolute value is refused")
     round_timeout: float = _setting(600.0, "seconds to wait for the updates of a round")
     join_timeout: float = _setting(120.0, "seconds to wait for the clients to appear")
     # Language model
@@ -72,6 +72,8 @@ class RunConfig:
         "split", "'split': language model on the host; 'local': whole model at each client"
     )
     host_address: str = _setting("", "address of a running language host; empty = the server starts its own")
+    host_ca: str = _setting("", "PEM file of the authority that signed that host's certificate; empty = loopback only")
+    host_token_file: str = _setting("", "file with the token that admits this run to that host, base64url")
     host_workers: int = _setting(2, "steps that the host computes at the same time")
     host_retry: float = _setting(60.0, "seconds that a client tries to reach a host that does not answer")
     wire_dtype: str = _setting(

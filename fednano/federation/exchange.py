@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fednano.errors import RunError, UpdateRefused
+from fednano.errors import Interrupted, RunError, UpdateRefused
 from fednano.federation.messages import Failure, Reply, record_bytes
 
-__all__ = ["Delivery", "Interrupted", "Stop", "exchange", "wait_for_nodes"]
+__all__ = ["Delivery", "Stop", "exchange", "wait_for_nodes"]
 
 _POLL_SECONDS = 0.05
 
@@ -39,10 +39,6 @@ class Stop:
     def wait(self, seconds: float) -> bool:
         """Sleep, but not past a request to stop; true when one came."""
         return self._event.wait(seconds)
-
-
-class Interrupted(Exception):
-    """The run was asked to end; what was done is kept."""
 
 
 @dataclass(frozen=True)

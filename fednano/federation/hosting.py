@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
+import base64
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
+from fednano.errors import ConfigError, HostError
 from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket
+from fednano.federation.model import connect
+from fednano.host import HostProcess, RemoteLLM, host_command, new_token
 from fednano.runs import RunView
 
 __all__ = ["open_host"]
 
 
 @contextmanager
-def open_host(config: RunConfig, view: RunView) -> Iterator[HostTicket]:
-    """Give the run its language host, for as long as the block lasts."""
+def open_host(config: RunConfig, view: RunView, log: Path) -> Iterator[HostTicket]:
+    """Give the run its language host, for as long as the block lasts.
+
+    Args:
+        config: the run's settings; with ``host_address`` the operator's host is used, else one is started here, on
+            the loopback interface, with a token that only this run's clients learn.
+        view: told where the host is.
+        log: file for what the started host writes.
+
+    Raises:
+        HostError: the host does not start, or does not answer.
+    """
     if config.placement == "local":
         yield HostTicket()
         return
-    raise NotImplementedError
+    if config.host_address:
+        ticket = _outside_ticket(config)
+        with connect(config, ticket) as llm:
+            assert isinstance(llm, RemoteLLM)
+            fingerprint = llm.describe().fingerprint
+        view.message(f"language host: {config.host_address}")
+        yield replace(ticket, fingerprint=fingerprint)
+        return
+    token = new_token()
+    options = ["--workers", str(config.host_workers), "--threads", str(config.threads), "--device", config.device]
+    command = host_command(config.model, *options)
+    # -P: the working folder may hold packages whose bare names mean something else to the libraries.
+    with HostProcess([sys.executable, "-P", *command[1:]], tokens=[token], log=log) as host:
+        view.message(f"language host: {host.address}, plain text on the loopback interface, this run's token only")
+        yield HostTicket(host.address, token=token, fingerprint=host.fingerprint)
+        if not host.running:
+            raise HostError(f"the language host ended by itself. Its log is {log}.")
+
+
+def _outside_ticket(config: RunConfig) -> HostTicket:
+    """What clients need to reach a host that an operator runs."""
+    token = _read(config.host_token_file, "host-token-file").strip()
+    root = _read(config.host_ca, "host-ca")
+    try:
+        raw = base64.urlsafe_b64decode(token)
+    except ValueError as error:
+        raise ConfigError(f"host-token-file {config.host_token_file!r} does not hold base64url text.") from error
+    return HostTicket(config.host_address, token=raw, root_certificates=root)
+
+
+def _read(path: str, setting: str) -> bytes:
+    if not path:
+        return b""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting} is {path!r}, which cannot be read: {error.strerror}.") from error

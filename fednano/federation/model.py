@@ -14,6 +14,7 @@ from fednano.data import Sample, load_dataset, partition, split_holdout
 from fednano.errors import ConfigError, HostRefused
 from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket
+from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.models.load import load_edge
@@ -70,8 +71,6 @@ def connect(config: RunConfig, ticket: HostTicket) -> Iterator[LanguageModel]:
 
         yield LocalLLM(load_language(config.model, device=config.device))
         return
-    from fednano.host import RemoteLLM
-
     with RemoteLLM(
         ticket.address,
         token=ticket.token or None,

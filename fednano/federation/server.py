@@ -17,11 +17,11 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from fednano.aggregation import LeafSpec, Product, Spec, check_combination, create_rule
-from fednano.errors import FednanoError, RunError
+from fednano.errors import FednanoError, Interrupted, RunError
 from fednano.federation.baselines import run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator, Judgement
-from fednano.federation.exchange import Interrupted, Stop, exchange, wait_for_nodes
+from fednano.federation.exchange import Stop, exchange, wait_for_nodes
 from fednano.federation.hosting import open_host
 from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import build_edge, connect, use_threads
@@ -67,6 +67,7 @@ def run_server(
         folder.append_event("error", text)
         folder.close()
         view.finish(error=text)
+        error.shown = True  # type: ignore[union-attr]  # the command line need not say it again
         raise
     return folder.path
 
@@ -123,7 +124,7 @@ def _run(
     )
     edge = build_edge(config)
     check_combination(rule, algebra_of(edge))
-    ticket = stack.enter_context(open_host(config, view))
+    ticket = stack.enter_context(open_host(config, view, folder.path / "host.log"))
     llm = stack.enter_context(connect(config, ticket))
     evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
     start = edge.travelling()
@@ -324,8 +325,8 @@ def _checkpoint(folder: RunFolder, start: Leaves) -> PhaseResult:
     memory = {n.removeprefix("memory."): t for n, t in saved.tensors.items() if n.startswith("memory.")}
     if set(leaves) != set(start):
         raise RunError(
-            f"the checkpoint of round {saved.round} holds the leaves {sorted(leaves)}, this adapter has {sorted(start)}. "
-            "Resume with the settings the run was started with."
+            f"the checkpoint of round {saved.round} holds the leaves {sorted(leaves)}, this adapter has "
+            f"{sorted(start)}. Resume with the settings the run was started with."
         )
     result = PhaseResult(leaves, rounds=saved.round, memory=memory, loss=saved.state["loss"])
     for name, value in saved.state["wire"].items():

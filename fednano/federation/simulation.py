@@ -13,7 +13,7 @@ from pathlib import Path
 from fednano.errors import ConfigError, FednanoError
 from fednano.federation.apps import client_app, make_server_app
 from fednano.federation.config import RunConfig
-from fednano.federation.exchange import Interrupted, Stop
+from fednano.federation.exchange import Stop
 from fednano.runs import RunView
 
 __all__ = ["BACKENDS", "simulate"]
@@ -108,8 +108,6 @@ def _ctrl_c(stop: Stop) -> Iterator[None]:
     before = [signal.signal(number, handle) for number in numbers]
     try:
         yield
-    except Interrupted:
-        raise
     finally:
         for number, old in zip(numbers, before, strict=True):
             signal.signal(number, old)

@@ -100,31 +100,27 @@ def _find_on_hub(name: str) -> ModelFiles:
     return ModelFiles(name, Path(config).parent, repository=name)
 
 
-def _shards(files: ModelFiles, wanted: Callable[[str], bool]) -> Iterable[tuple[Path, list[str]]]:
+def _shards(files: ModelFiles, wanted: Callable[[str], bool]) -> Iterable[Path]:
+    """The safetensors files that hold the wanted tensors."""
     index = files.file(_INDEX)
-    if index is not None:
-        by_shard: dict[str, list[str]] = {}
-        for key, shard in json.loads(index.read_text())["weight_map"].items():
-            if wanted(key):
-                by_shard.setdefault(shard, []).append(key)
-        for shard, keys in sorted(by_shard.items()):
-            # An index is data from outside: it must not be able to point anywhere else.
-            if Path(shard).name != shard:
-                raise ModelError(f"the index of {files.name!r} names {shard!r}; expected a plain file name.")
-            path = files.file(shard)
-            if path is None:
-                raise ModelError(f"weights are missing: {files.name!r} needs {shard}, which its index names.")
-            yield path, keys
+    if index is None:
+        single = files.file(_SINGLE)
+        if single is None:
+            raise ModelError(
+                f"weights are missing: {files.name!r} has neither {_SINGLE} nor {_INDEX}. "
+                "Only safetensors are read; convert other formats with save_pretrained."
+            )
+        yield single
         return
-    single = files.file(_SINGLE)
-    if single is None:
-        raise ModelError(
-            f"weights are missing: {files.name!r} has neither {_SINGLE} nor {_INDEX}. "
-            "Only safetensors are read; convert other formats with save_pretrained."
-        )
-    with safe_open(str(single), framework="pt") as handle:
-        keys = [key for key in handle.keys() if wanted(key)]  # noqa: SIM118 - not a dict
-    yield single, keys
+    names = json.loads(index.read_text())["weight_map"]
+    for shard in sorted({shard for key, shard in names.items() if wanted(key)}):
+        # An index is data from outside: it must not be able to point anywhere else.
+        if Path(shard).name != shard:
+            raise ModelError(f"the index of {files.name!r} names {shard!r}; expected a plain file name.")
+        path = files.file(shard)
+        if path is None:
+            raise ModelError(f"weights are missing: {files.name!r} needs {shard}, which its index names.")
+        yield path
 
 
 def read_tensors(files: ModelFiles, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
@@ -134,13 +130,11 @@ def read_tensors(files: ModelFiles, wanted: Callable[[str], bool]) -> dict[str, 
         ModelError: weights are missing or damaged.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for path, keys in _shards(files, wanted):
+    for path in _shards(files, wanted):
         try:
             with safe_open(str(path), framework="pt") as handle:
-                for key in keys:
-                    tensors[key] = handle.get_tensor(key)
+                keys = [key for key in handle.keys() if wanted(key)]  # noqa: SIM118 - not a dict
+                tensors.update({key: handle.get_tensor(key) for key in keys})
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} cannot be read as safetensors ({error}). Fetch the model again."
-            ) from error
+            raise ModelError(f"{path} cannot be read as safetensors ({error}). Fetch the model again.") from error
     return tensors

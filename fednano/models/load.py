@@ -8,6 +8,7 @@ checkpoints, dtype, tied weights.
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fednano.models.edge import EdgePart
 from fednano.models.files import ModelFiles, find_model, read_tensors
 from fednano.models.fingerprint import fingerprint
 from fednano.models.language import LanguagePart
+from fednano.models.prompt import load_text_processor
 from fednano.models.quiet import quiet
 
 __all__ = ["count_parameters", "load_edge", "load_language", "split_model"]
@@ -131,8 +133,6 @@ def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
 
 
 def _edge_part(model: Any, config: Any, files: ModelFiles) -> EdgePart:
-    from fednano.models.prompt import load_text_processor
-
     inner = model.model
     modules: dict[str, nn.Module] = {
         "vision_tower": inner.vision_tower,
@@ -166,12 +166,21 @@ def _image_processor(files: ModelFiles) -> Any:
 
 def _language_part(model: Any, files: ModelFiles) -> LanguagePart:
     text = model.config.text_config
-    generation = getattr(model, "generation_config", None)
-    eos = _first(getattr(generation, "eos_token_id", None), text.eos_token_id, model.config.eos_token_id)
-    if eos is None:
-        eos = _tokenizer_id(files, "eos_token_id")
+    generation_file = files.file("generation_config.json")
+    generation = json.loads(generation_file.read_text()) if generation_file is not None else {}
+
+    def setting(name: str) -> Any:
+        candidates = (
+            generation.get(name),
+            getattr(text, name, None),
+            getattr(model.config, name, None),
+            getattr(load_text_processor(files), name, None),
+        )
+        return next((value for value in candidates if value is not None), None)
+
+    eos = setting("eos_token_id")
     ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    pad = _first(getattr(generation, "pad_token_id", None), text.pad_token_id, model.config.pad_token_id)
+    pad = setting("pad_token_id")
     if pad is None:
         pad = ids[0] if ids else 0
     decoder, head = model.model.language_model, model.lm_head
@@ -185,16 +194,6 @@ def _language_part(model: Any, files: ModelFiles) -> LanguagePart:
         pad_token_id=pad,
         fingerprint=fingerprint({"decoder": decoder.layers, "norm": decoder.norm, "head": head}),
     )
-
-
-def _first(*candidates: Any) -> Any:
-    return next((value for value in candidates if value is not None), None)
-
-
-def _tokenizer_id(files: ModelFiles, attribute: str) -> Any:
-    from fednano.models.prompt import load_text_processor
-
-    return getattr(load_text_processor(files), attribute, None)
 
 
 def count_parameters(name_or_path: str) -> dict[str, int]:

@@ -1,0 +1,149 @@
+"""The commands. Each is a thin layer over a function of the library with the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fednano import __version__
+from fednano.cli.options import settings_options
+from fednano.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Federated adapter tuning for multimodal LLMs, with the LLM on the server.",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"fednano {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@settings_options
+def simulate(
+    *,
+    backend: Annotated[
+        str, typer.Option(help="'ray': Flower's simulation engine; 'inprocess': one client at a time, no start-up")
+    ] = "ray",
+    progress: Annotated[str, typer.Option(help="'auto', 'live', 'plain' or 'quiet'")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON at the end.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's own log.")] = False,
+    settings: dict[str, Any],
+) -> None:
+    """Tune adapters over simulated clients on this machine, and report."""
+    from fednano.federation.config import RunConfig
+    from fednano.runs import make_view
+
+    config = RunConfig.from_mapping(settings)
+    view = make_view("quiet" if as_json else progress)
+    from fednano.federation.simulation import simulate as run
+
+    path = run(config, backend=backend, view=view, verbose=verbose)
+    if as_json:
+        typer.echo((path / "summary.json").read_text())
+
+
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="A run's id or folder, or 'latest'.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="An image file to ask about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    untuned: Annotated[bool, typer.Option(help="Ask the model as it was before tuning.")] = False,
+    runs_dir: Annotated[str, typer.Option(help="Folder of the run folders.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print question and answer as JSON.")] = False,
+) -> None:
+    """Ask a tuned model."""
+    from fednano.federation.answer import answer
+
+    text = answer(
+        run, question, image=image, max_new_tokens=max_new_tokens, untuned=untuned, runs_dir=Path(runs_dir)
+    )
+    typer.echo(json.dumps({"question": question, "answer": text}) if as_json else text)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def host(context: typer.Context) -> None:
+    """Serve the frozen language model to the clients of runs. `fednano host --help` lists the options."""
+    from fednano.host.__main__ import main as serve
+
+    sys.exit(serve(list(context.args)))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's id or folder, or 'latest'.")] = "latest",
+    runs_dir: Annotated[str, typer.Option(help="Folder of the run folders.")] = "runs",
+) -> None:
+    """Write a run's report.html again from its files, and print its path."""
+    from fednano.runs import RunFolder
+    from fednano.runs.report import render_report
+
+    typer.echo(render_report(RunFolder.open(run, root=runs_dir).path))
+
+
+@app.command()
+def strategies(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """List the merge rules: what each is exact for, what it costs, what it composes with."""
+    from fednano.aggregation import rule_table
+
+    _table(rule_table(), as_json=as_json)
+
+
+@app.command()
+def adapters(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the adapters with their options."""
+    from fednano.adapters import create, names, options
+
+    rows = []
+    for name in names():
+        described = create(name)
+        doc = (type(described).__doc__ or "").strip().splitlines()[0]
+        rows.append(
+            {
+                "adapter": name,
+                "algebra": described.algebra.value,
+                "basis": described.basis.value,
+                "options": ", ".join(f"{key}={value!r}" for key, value in options(name).items()),
+                "what": doc,
+            }
+        )
+    _table(rows, as_json=as_json)
+
+
+def _table(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, default=str))
+        return
+    if not rows:
+        raise ConfigError("there is nothing to list.")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
