@@ -172,24 +172,27 @@ def summarise_partition(
     kind: str,
     alpha: float | None,
     seed: int,
+    clients: Sequence[str] | None = None,
 ) -> PartitionSummary:
     """Count labels per client.
 
     Args:
-        parts: row numbers of each client, as ``partition`` returns them; client ``k`` is named ``str(k)``.
+        parts: row numbers of each client, as ``partition`` returns them.
         labels: the label of each sample, ``(n,)``.
         kind: how the division was made.
         alpha: concentration; kept only for ``dirichlet``.
         seed: seed of the draw.
+        clients: names of the clients, one for each part; ``"0"``, ``"1"``, ... by default.
     """
     names = sorted({str(label) for label in labels})
     column = {name: number for number, name in enumerate(names)}
     counts: dict[str, tuple[int, ...]] = {}
-    for client, rows in enumerate(parts):
+    who = [str(number) for number in range(len(parts))] if clients is None else clients
+    for client, rows in zip(who, parts, strict=True):
         row = [0] * len(names)
         for index in rows:
             row[column[str(labels[index])]] += 1
-        counts[str(client)] = tuple(row)
+        counts[client] = tuple(row)
     return PartitionSummary(kind, alpha if kind == "dirichlet" else None, seed, tuple(names), counts)
 
 

@@ -5,7 +5,9 @@
 
 from fednano.runs.checkpoints import Checkpoint
 from fednano.runs.folder import RunFolder
-from fednano.runs.progress import PLANES, PlainView, QuietView, RunInfo, RunView, make_view
+from fednano.runs.plain import PlainView, QuietView
+from fednano.runs.progress import PLANES, RunInfo, RunView, make_view
+from fednano.runs.report import render_report
 from fednano.runs.summary import Phase, Summary
 
 __all__ = [
@@ -19,4 +21,5 @@ __all__ = [
     "RunView",
     "Summary",
     "make_view",
+    "render_report",
 ]

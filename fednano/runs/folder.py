@@ -284,8 +284,10 @@ class RunFolder:
     def _checkpoint_folder(self, phase: str | None) -> Path:
         if phase is None:
             return self.path / "checkpoints"
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", phase):
-            raise RunError(f"Phase {phase!r} cannot name a folder; use lower-case letters, digits and '_'.")
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", phase):
+            raise RunError(
+                f"Phase {phase!r} cannot name a folder; use lower-case letters, digits, '_' and '-'."
+            )
         return self.path / "checkpoints" / phase
 
 

@@ -55,7 +55,8 @@ def format_seconds(seconds: float) -> str:
 
 def phase_title(phase: str) -> str:
     """A phase's name for people; an unknown one is shown as it is, with spaces."""
-    return _TITLES.get(phase, phase.replace("_", " "))
+    name = phase.replace("-", "_")
+    return _TITLES.get(name, name.replace("_", " "))
 
 
 def _three(size: float) -> str:
