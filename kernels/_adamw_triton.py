@@ -69,7 +69,8 @@ def _kernel(
 
 def launch(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None,
-    step_on_device: Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, mu: float, fisher_weight: float,
+    step_on_device: Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, mu: float, fisher_weight: float,
 ) -> None:  # fmt: skip
     """One step; arguments as in ``flat_adamw_``. The host's numbers are formed in float64."""
     n = w.numel()

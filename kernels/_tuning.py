@@ -21,6 +21,7 @@ TABLE = Path(__file__).with_name("tuning.json")
 Config = dict[str, int]
 
 _forced: dict[str, Config] = {}
+asked: dict[str, str] = {}  # kernel -> key of its last launch under `forced`: the row a tuner is to write
 
 
 @functools.cache
@@ -60,7 +61,8 @@ def choose(kernel: str, device: torch.device, key: str, heuristic: Config) -> Co
         key: the row, made of bucketed sizes.
         heuristic: what to use when the table has no such row.
     """
-    if _forced and kernel in _forced:
+    if kernel in _forced:
+        asked[kernel] = key
         return {**heuristic, **_forced[kernel]}
     if device.type != "cuda":
         return heuristic

@@ -1,9 +1,9 @@
 """Gradient of a thin matrix together with its exact per-sample Fisher diagonal and per-sample norms, in one pass.
 
-The gradient of sample i to a matrix ``(p, q)`` is ``G_i = X_iᵀ D_i``, with its inputs X_i ``(T, p)`` and the gradient at
-its outputs D_i ``(T, q)``. Wanted are ``Σ G_i``, ``Σ G_i²`` (elementwise) and ``‖G_i‖``. Squaring the gradient of a batch gives none of
-that: it is larger or smaller by the correlation of the samples. Forming all G_i costs ``N p q`` numbers. Here each G_i
-lives in registers only, so memory is O(p q) and the reads are those of the plain gradient.
+The gradient of sample i to a matrix ``(p, q)`` is ``G_i = X_iᵀ D_i``, with its inputs X_i ``(T, p)`` and the gradient
+at its outputs D_i ``(T, q)``. Wanted are ``Σ G_i``, ``Σ G_i²`` (elementwise) and ``‖G_i‖``. Squaring the gradient of a
+batch gives none of that: it is larger or smaller by the correlation of the samples. Forming all G_i costs ``N p q``
+numbers. Here each G_i lives in registers only: memory is O(p q), and the reads are those of the plain gradient.
 """
 
 from __future__ import annotations

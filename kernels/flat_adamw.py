@@ -59,7 +59,8 @@ def flat_adamw_reference_(
 @torch.library.custom_op("fednano::flat_adamw_", mutates_args=("w", "m", "v", "fisher"))
 def _op(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None,
-    step_on_device: Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, mu: float, fisher_weight: float,
+    step_on_device: Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, mu: float, fisher_weight: float,
 ) -> None:  # fmt: skip
     if runs_triton(w):
         from . import _adamw_triton
