@@ -7,7 +7,8 @@ from fednano.aggregation.capability import algebra_name, check_combination, defa
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.registry import create_rule, rule_class, rule_names
 from fednano.aggregation.rule import Aggregator, Capability, Rule, State
-from fednano.aggregation.update import LeafSpec, Leaves, Product, Reason, Refusal, Spec, Update, validate
+from fednano.aggregation.spec import LeafSpec, Product, Spec
+from fednano.aggregation.update import Leaves, Reason, Refusal, Update, validate
 
 __all__ = [
     "Aggregator",

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fednano.aggregation.mean import MeanRule
 from fednano.aggregation.rule import Capability, Scalar, State
-from fednano.aggregation.update import Leaves, Spec
+from fednano.aggregation.spec import Spec
+from fednano.aggregation.update import Leaves
 from fednano.errors import ConfigError
 
 __all__ = ["FFA", "FedDPA", "FedSA", "RoLoRA", "instance_mix"]

@@ -27,7 +27,8 @@ import torch
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.mean import require_resolution
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
-from fednano.aggregation.update import Leaves, Refusal, Spec, Update
+from fednano.aggregation.spec import Spec
+from fednano.aggregation.update import Leaves, Refusal, Update
 from fednano.errors import ConfigError
 
 __all__ = ["FisherMerge", "normalised_fisher"]

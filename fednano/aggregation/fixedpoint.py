@@ -122,6 +122,12 @@ class FixedSum:
         """
         self._transaction(values, factor, None)
 
+    def remove(self, values: Mapping[str, Tensor], factor: float) -> None:
+        """Take off what `add` put in with the same arguments; the bits become what they were."""
+        for target, x, y in self._chunks(values, None):
+            np.subtract(target, self._quantise(x, y, factor), out=target)
+        self.count -= 1
+
     def add_product(self, values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> None:
         """Add ``factor * values * others``, elementwise; see `add`."""
         self._transaction(values, factor, others)

@@ -15,7 +15,8 @@ from typing import ClassVar
 
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
-from fednano.aggregation.update import Leaves, Refusal, Spec, Update
+from fednano.aggregation.spec import Spec
+from fednano.aggregation.update import Leaves, Refusal, Update
 from fednano.errors import ConfigError
 
 __all__ = ["FedAvg", "FedProx", "MeanRule", "mean_sum", "require_resolution"]

@@ -9,6 +9,9 @@ from fednano.aggregation.drift import QFedAvg, Scaffold
 from fednano.aggregation.factors import FFA, FedDPA, FedSA, RoLoRA
 from fednano.aggregation.fisher import FisherMerge
 from fednano.aggregation.mean import FedAvg, FedProx
+from fednano.aggregation.products import ProductMean
+from fednano.aggregation.ranks import HetLoRA, NestedRanks
+from fednano.aggregation.residual import FedEx, FLoRA
 from fednano.aggregation.rule import Rule
 from fednano.aggregation.server_opt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fednano.errors import ConfigError
@@ -20,8 +23,10 @@ _ALL: tuple[type[Rule], ...] = (
     *(FedAvgM, FedAdam, FedYogi, FedAdagrad),
     *(Scaffold, QFedAvg),
     *(FFA, RoLoRA, FedSA, FedDPA),
+    *(ProductMean, FedEx, FLoRA, HetLoRA, NestedRanks),
 )
 _RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
+_ALIASES = {"hlora": "flexlora"}  # the same mean, published twice
 
 
 def rule_names() -> list[str]:
@@ -35,6 +40,7 @@ def rule_class(name: str) -> type[Rule]:
     Raises:
         ConfigError: no rule has that name.
     """
+    name = _ALIASES.get(name, name)
     if name not in _RULES:
         raise ConfigError(f"no aggregation rule is called {name!r}; there are: {', '.join(rule_names())}")
     return _RULES[name]

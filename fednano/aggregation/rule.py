@@ -17,7 +17,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from fednano.aggregation.fixedpoint import FixedSum
-from fednano.aggregation.update import Leaves, Refusal, Spec, Update
+from fednano.aggregation.spec import Spec
+from fednano.aggregation.update import Leaves, Refusal, Update
 from fednano.errors import ConfigError, RunError
 
 __all__ = ["Aggregator", "Capability", "Rule", "Scalar", "State"]
@@ -72,6 +73,7 @@ class State:
         sums: accumulators by purpose.
         held: updates of rules that need all of them.
         numbers: exact scalar sums by purpose.
+        report: numbers worth a line in the metrics, filled by ``finish``.
         outer: what a server optimiser around the rule remembers.
     """
 
@@ -85,6 +87,7 @@ class State:
     held: list[Update] = field(default_factory=list)
     numbers: dict[str, Fraction] = field(default_factory=dict)
     outer: Leaves = field(default_factory=dict)
+    report: dict[str, float] = field(default_factory=dict)
 
     def admit(self, update: Update) -> None:
         """Refuse a client that has been merged already and a weight that cannot be one."""

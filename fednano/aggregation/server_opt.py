@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
-from fednano.aggregation.update import Leaves, Spec, Update
+from fednano.aggregation.spec import Spec
+from fednano.aggregation.update import Leaves, Update
 from fednano.errors import ConfigError
 
 __all__ = ["FedAdagrad", "FedAdam", "FedAvgM", "FedYogi", "ServerOptimiser"]
