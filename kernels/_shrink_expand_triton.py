@@ -176,8 +176,10 @@ def launch(
     R, K2 = q.shape
     if M == 0:
         return
-    way = "f" if mode < LINEAR_BACKWARD else "b"
-    key = f"{way if residual else 'x'}_k{_tuning.bucket(max(K1, K2))}_r{next_power_of_2(R)}_m{_tuning.bucket(M)}_{x.element_size()}"
+    way = "x" if not residual else "f" if mode < LINEAR_BACKWARD else "b"
+    key = (
+        f"{way}_k{_tuning.bucket(max(K1, K2))}_r{next_power_of_2(R)}_m{_tuning.bucket(M)}_{x.element_size()}"
+    )
     fallback = heuristic(M, max(K1, K2), R, x.dtype, _tuning.multiprocessors(x.device))
     config = _tuning.choose("shrink_expand", x.device, key, fallback)
     target = out if out is not None else x
