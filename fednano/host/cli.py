@@ -1,7 +1,7 @@
 """The command line of a host: ``python -m fednano.host --model NAME --listen HOST:PORT``.
 
-When it serves, it prints one line of JSON on stdout: ``{"address", "fingerprint", "pid", "tls"}``. SIGTERM and SIGINT drain
-it: no new calls, those under way may end. A bad option or a taken port ends it with status 2 and one line on stderr.
+When it serves, it prints one line of JSON on stdout: ``{"address", "fingerprint", "pid", "tls"}``. SIGTERM and SIGINT
+drain it: no new calls, those under way may end. A bad option or a taken port ends it with status 2 and a message.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import queue
 import subprocess
@@ -32,10 +33,10 @@ def host_command(model: str, *options: str) -> list[str]:
 class HostProcess:
     """Starts a host and waits until it serves. A context manager.
 
-    Tokens go through the child's stdin, so that they show neither in the list of processes nor in a file. The same pipe
-    is its lifeline: when this process ends, in whatever way, the pipe closes and the host stops. The child has a session
-    of its own, so that Ctrl-C in a terminal reaches only this process, which then stops it in order. It inherits
-    the environment, and of open files only stdin, stdout and stderr.
+    Tokens go through the child's stdin, so that they show neither in the list of processes nor in a file. The same
+    pipe is its lifeline: when this process ends, in whatever way, the pipe closes and the host stops. The child has a
+    session of its own, so that Ctrl-C in a terminal reaches only this process, which then stops it in order. It
+    inherits the environment, and of open files only stdin, stdout and stderr.
 
     Args:
         command: command line that ends in `fednano.host.cli.main`; see `host_command`. ``--managed`` is added.
@@ -60,7 +61,7 @@ class HostProcess:
         start_seconds: float = 300.0,
         log: Path | None = None,
     ) -> None:
-        self._log: IO[bytes] = log.open("ab") if log else tempfile.TemporaryFile()
+        self._log: IO[bytes] = log.open("ab") if log else tempfile.TemporaryFile()  # noqa: SIM115
         self._log_start = self._log.seek(0, 2)
         self._log_path = log
         self._process = subprocess.Popen(
@@ -101,10 +102,8 @@ class HostProcess:
             Its exit status: 0 for a clean end.
         """
         if self._process.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -124,19 +123,15 @@ class HostProcess:
         status = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
         return status
 
     def _tell(self, line: bytes) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; _ready tells why
             self._process.stdin.write(line)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended already; _ready tells why
 
     def _ready(self, seconds: float) -> dict[str, str]:
         """The line that the child prints when it serves. A thread reads it: a pipe cannot be waited for everywhere."""

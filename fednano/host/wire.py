@@ -37,12 +37,12 @@ class Wire:
 
     step: WireCount = WireCount()
     generate: WireCount = WireCount()
-    describe: WireCount = WireCount()
+    other: WireCount = WireCount()
 
     @property
     def total(self) -> WireCount:
         """All calls together."""
-        return self.step + self.generate + self.describe
+        return self.step + self.generate + self.other
 
     @property
     def sent_bytes(self) -> int:
@@ -73,9 +73,10 @@ class Meter:
         self._wire = Wire()
 
     def add(self, call: str, count: WireCount) -> None:
-        """Add ``count`` to a kind of call ("step", "generate", "describe")."""
+        """Add ``count`` to a kind of call: "step", "generate"; all else counts as other."""
+        kind = call if call in ("step", "generate") else "other"
         with self._lock:
-            self._wire = replace(self._wire, **{call: getattr(self._wire, call) + count})
+            self._wire = replace(self._wire, **{kind: getattr(self._wire, kind) + count})
 
     def read(self) -> Wire:
         """A snapshot."""

@@ -1,0 +1,89 @@
+"""A language part of random weights, batches for it, and ``python tiny_host.py``: a host process that serves it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from fednano.models.language import LanguageModel, LanguagePart
+from fednano.models.language_inputs import IGNORE
+
+D, V, POSITIONS = 24, 53, 64
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def make_batch(lengths: list[int], pads: list[int] | None = None, seed: int = 0) -> Batch:
+    """Random embeddings ``(B, T, d)``, mask and labels; row i has ``pads[i]`` places of padding before it."""
+    g = torch.Generator().manual_seed(seed)
+    pads = pads or [0] * len(lengths)
+    total = max(n + p for n, p in zip(lengths, pads, strict=True))
+    embeds = torch.randn(len(lengths), total, D, generator=g)
+    mask = torch.zeros(len(lengths), total, dtype=torch.bool)
+    labels = torch.full((len(lengths), total), IGNORE)
+    for i, (n, p) in enumerate(zip(lengths, pads, strict=True)):
+        mask[i, p : p + n] = True
+        row = torch.randint(V, (n,), generator=g)
+        labels[i, p : p + n] = torch.where(torch.rand(n, generator=g) < 0.6, row, IGNORE)
+        labels[i, p + n - 1] = row[-1]
+    return embeds, mask, labels
+
+
+def take_step(llm: LanguageModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Losses ``(B,)`` and the gradient ``(B, T, d)`` of their weighted sum."""
+    embeds, mask, labels = batch
+    x = embeds.clone().requires_grad_()
+    losses = llm.loss(x, mask, labels)
+    total = losses.sum() if weights is None else (losses * weights).sum()
+    (grad,) = torch.autograd.grad(total, x)
+    return losses.detach(), grad
+
+
+def tiny_part(seed: int = 0) -> LanguagePart:
+    """The same weights in every process for the same seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=D,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=V,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.15,
+        pad_token_id=0,
+    )
+    decoder = LlamaModel(config)
+    head = torch.nn.Linear(D, V, bias=False)
+    return LanguagePart(decoder, head, D, V, POSITIONS, (2, 3), 0, f"tiny-{seed}")
+
+
+def step_in_child(remote: Any, queue: Any) -> None:
+    """Take one step in another process and report losses, norm of the gradient, and samples counted."""
+    torch.set_num_threads(1)
+    losses, grad = take_step(remote, make_batch([4, 6], seed=5))
+    queue.put((losses.tolist(), grad.double().norm().item(), remote.wire.step.samples))
+    remote.close()
+
+
+def load(name: str, dtype: str, device: str) -> LanguagePart:
+    """``seed-N`` is a model; ``slow`` never finishes loading; ``broken`` fails."""
+    if name == "slow":
+        time.sleep(60)
+    if name == "broken":
+        raise RuntimeError("the weights are on fire")
+    part = tiny_part(int(name.removeprefix("seed-")))
+    if delay := float(os.environ.get("TINY_HOST_DELAY", "0")):
+        part.decoder.register_forward_pre_hook(lambda *_: time.sleep(delay))
+    return part
+
+
+if __name__ == "__main__":
+    from fednano.host.cli import main
+
+    sys.exit(main(load=load))
