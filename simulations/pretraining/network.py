@@ -32,7 +32,7 @@ def build_config() -> LlavaConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         projection_dim=192,
-        hidden_act="relu",
+        hidden_act="gelu",
     )
     text = LlamaConfig(
         vocab_size=len(WORDS),

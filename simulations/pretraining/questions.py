@@ -1,0 +1,192 @@
+"""Questions, captions and made-up facts, in words of their own.
+
+No sentence of easy-VQA is ever asked (a test compares all of its sentences with this module's), but every word of them
+is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from pretraining.scenes import Scenes
+from pretraining.vocabulary import COLOURS, NAMES, RELATIONS, SHAPES
+
+__all__ = ["Item", "ask", "caption", "fact"]
+
+_PRESENT: Final = (
+    "can you see {x} here ?",
+    "do you see {x} in this picture ?",
+    "does this picture show {x} ?",
+    "does the scene contain {x} ?",
+    "is {x} visible ?",
+    "is {x} present in this scene ?",
+    "is it true that there is {x} here ?",
+    "tell us is there {x} on this image ?",
+    "has the picture {x} in it ?",
+)
+_ABSENT: Final = (
+    "can you not see {x} here ?",
+    "does this picture not show {x} ?",
+    "does the scene not contain {x} ?",
+    "is {x} not visible ?",
+    "is {x} absent ?",
+    "is {x} missing in this scene ?",
+    "is {x} not present in this scene ?",
+    "is the image without {x} ?",
+    "is it true that there is not {x} here ?",
+    "is it true that no {y} is visible ?",
+    "is there no {y} on this picture ?",
+    "can you see no {y} here ?",
+    "has the picture no {y} in it ?",
+)
+_COLOUR_OF: Final = (
+    "which color has the {y} ?",
+    "what is the paint of the {y} ?",
+    "tell us the color of this {y} .",
+    "in which color is the {y} drawn ?",
+    "name the paint on the {y} .",
+    "the {y} is painted in which color ?",
+)
+_SHAPE_OF: Final = (
+    "which shape is painted {c} ?",
+    "what form has the {c} object ?",
+    "name the shape drawn in {c} .",
+    "the {c} thing is what kind of shape ?",
+    "tell us the form of the {c} object .",
+)
+_SHAPE_ALONE: Final = (
+    "which shape do you see here ?",
+    "what kind of object does this picture show ?",
+    "name the only form in this scene .",
+    "tell us what shape is drawn here .",
+    "what thing can you see in the image ?",
+)
+_COUNT: Final = (
+    "how many objects are there ?",
+    "count the objects in this picture .",
+    "how many shapes can you see ?".replace("shapes", "objects"),
+)
+_SIDE: Final = ("on which side is the {y} ?", "the {y} sits at the left or at the right ?")
+_HEIGHT: Final = ("is the {y} near the top or the bottom ?", "in which part sits the {y} , top or bottom ?")
+_DESCRIBE: Final = ("describe the picture .", "what is in this scene ?", "tell us any object you see .")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and its answer, as plain words with blanks between them; the answer has no ``<eos>`` yet."""
+
+    question: str
+    answer: str
+    needs_image: bool = True
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _with_article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _existence(rng: np.random.Generator, colours: list[str], shapes: list[str]) -> Item:
+    """A yes/no question; half are true, and a false one is often half right (right form, wrong paint)."""
+    wanted = bool(rng.random() < 0.5)  # whether the thing asked about is there
+    kind = int(rng.integers(3))  # 0: a form, 1: a paint, 2: both
+    slot = int(rng.integers(len(shapes)))
+    colour, shape = colours[slot], shapes[slot]
+    if not wanted:
+        other_colour = _pick(rng, tuple(c for c in COLOURS if c not in colours))
+        other_shape = _pick(rng, tuple(s for s in SHAPES if s not in shapes))
+        which = int(rng.integers(3)) if kind == 2 else kind
+        colour = other_colour if which != 0 else colour
+        shape = other_shape if which != 1 else shape
+    noun = (shape, f"{colour} {_pick(rng, ('thing', 'object', 'shape'))}", f"{colour} {shape}")[kind]
+    negated = bool(rng.random() < 0.5)
+    text = _pick(rng, _ABSENT if negated else _PRESENT)
+    return Item(text.format(x=_with_article(noun), y=noun), "yes" if wanted != negated else "no")
+
+
+def _colour(rng: np.random.Generator, colours: list[str], shapes: list[str]) -> Item:
+    slot = int(rng.integers(len(shapes)))
+    alone = len(shapes) == 1 and rng.random() < 0.5
+    noun = _pick(rng, ("object", "thing", "shape")) if alone else shapes[slot]
+    return Item(_pick(rng, _COLOUR_OF).format(y=noun), colours[slot])
+
+
+def _shape(rng: np.random.Generator, colours: list[str], shapes: list[str]) -> Item:
+    slot = int(rng.integers(len(shapes)))
+    if len(shapes) == 1 and rng.random() < 0.5:
+        return Item(_pick(rng, _SHAPE_ALONE), shapes[slot])
+    return Item(_pick(rng, _SHAPE_OF).format(c=colours[slot]), shapes[slot])
+
+
+def _place(rng: np.random.Generator, names: list[str], x: list[float], y: list[float]) -> Item | None:
+    """Left or right, top or bottom; None if the object is too near the middle to say."""
+    slot = int(rng.integers(len(names)))
+    along, texts, answers = ((x, _SIDE, ("left", "right")), (y, _HEIGHT, ("top", "bottom")))[int(rng.integers(2))]
+    if abs(along[slot] - 32.0) < 6.0:
+        return None
+    return Item(_pick(rng, texts).format(y=names[slot]), answers[along[slot] > 32.0])
+
+
+def _contents(scenes: Scenes, row: int) -> tuple[list[str], list[str], list[float], list[float]]:
+    n = int(scenes.count[row])
+    return (
+        [COLOURS[i] for i in scenes.colour[row, :n]],
+        [SHAPES[i] for i in scenes.shape[row, :n]],
+        scenes.x[row, :n].tolist(),
+        scenes.y[row, :n].tolist(),
+    )
+
+
+def ask(rng: np.random.Generator, scenes: Scenes, row: int) -> Item:
+    """One random question about picture ``row``: 55 % yes/no, the rest paint, form, number and place."""
+    colours, shapes, x, y = _contents(scenes, row)
+    draw = rng.random()
+    if draw < 0.55:
+        return _existence(rng, colours, shapes)
+    if draw < 0.72:
+        return _colour(rng, colours, shapes)
+    if draw < 0.90:
+        return _shape(rng, colours, shapes)
+    if draw < 0.96:
+        placed = _place(rng, shapes, x, y)
+        if placed is not None:
+            return placed
+    return Item(_pick(rng, _COUNT), ("zero", "one", "two", "three")[len(shapes)])
+
+
+def caption(rng: np.random.Generator, scenes: Scenes, row: int) -> Item:
+    """What is in picture ``row``, from left to right."""
+    colours, shapes, x, _ = _contents(scenes, row)
+    order = sorted(range(len(x)), key=lambda slot: x[slot])
+    said = " and ".join(_with_article(f"{colours[slot]} {shapes[slot]}") for slot in order)
+    return Item(_pick(rng, _DESCRIBE), said)
+
+
+def fact(rng: np.random.Generator) -> Item:
+    """A question about people, answered by the text before it; the picture has nothing to do with it.
+
+    It teaches the decoder to look things up, and gives the words of made-up facts a meaning.
+    """
+    relations = tuple(RELATIONS)
+    people = rng.permutation(len(NAMES))[: int(rng.integers(2, 4))]
+    same = bool(rng.random() < 0.5)  # one relation of several people, or several relations of mixed people
+    first = _pick(rng, relations)
+    told, seen = [], []
+    for person in people:
+        relation = first if same else _pick(rng, relations)
+        value = _pick(rng, RELATIONS[relation])
+        seen.append((relation, NAMES[person], value))
+        told.append(f"the {relation} of {NAMES[person]} is {value} .")
+    relation, name, value = seen[int(rng.integers(len(seen)))]
+    ending: Callable[[str, str], str] = (
+        lambda r, n: f"what is the {r} of {n} ?",
+        lambda r, n: f"{n} has which {r} ?",
+        lambda r, n: f"name the {r} of {n} .",
+    )[int(rng.integers(3))]
+    return Item(f"{' '.join(told)} {ending(relation, name)}", value, needs_image=False)
