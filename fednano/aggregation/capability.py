@@ -10,6 +10,7 @@ from enum import Enum
 
 from fednano.aggregation.registry import rule_class, rule_names
 from fednano.aggregation.rule import Rule
+from fednano.aggregation.server_opt import ServerOptimiser
 from fednano.errors import ConfigError
 
 __all__ = ["ALGEBRAS", "algebra_name", "check_combination", "default_rule", "rule_table"]
@@ -58,6 +59,16 @@ def check_combination(
     Raises:
         ConfigError: with the reason, and with rules that would do.
     """
+    if isinstance(rule, ServerOptimiser):
+        # The step itself is harmless; what matters is how the change below it is merged.
+        return check_combination(
+            rule.over,
+            algebra,
+            secure_aggregation=secure_aggregation,
+            differential_privacy=differential_privacy,
+            ranks_differ=ranks_differ,
+            products=products,
+        )
     name = rule if isinstance(rule, str) else rule.name
     word = algebra_name(algebra)
     asked: dict[str, bool] = {

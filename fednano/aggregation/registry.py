@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from fednano.aggregation.clip import NormClip
 from fednano.aggregation.drift import QFedAvg, Scaffold
 from fednano.aggregation.factors import FFA, FedDPA, FedSA, RoLoRA
 from fednano.aggregation.fisher import FisherMerge
+from fednano.aggregation.geomedian import GeometricMedian
 from fednano.aggregation.mean import FedAvg, FedProx
 from fednano.aggregation.products import ProductMean
 from fednano.aggregation.ranks import HetLoRA, NestedRanks
 from fednano.aggregation.residual import FedEx, FLoRA
+from fednano.aggregation.robust import Bulyan, Krum, Median, MultiKrum, TrimmedMean
 from fednano.aggregation.rule import Rule
 from fednano.aggregation.server_opt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fednano.aggregation.sparse import Dare, DareTies, Ties
 from fednano.errors import ConfigError
 
 __all__ = ["create_rule", "rule_class", "rule_names"]
@@ -24,6 +28,8 @@ _ALL: tuple[type[Rule], ...] = (
     *(Scaffold, QFedAvg),
     *(FFA, RoLoRA, FedSA, FedDPA),
     *(ProductMean, FedEx, FLoRA, HetLoRA, NestedRanks),
+    *(Krum, MultiKrum, Median, TrimmedMean, Bulyan, NormClip, GeometricMedian),
+    *(Ties, Dare, DareTies),
 )
 _RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
 _ALIASES = {"hlora": "flexlora"}  # the same mean, published twice
