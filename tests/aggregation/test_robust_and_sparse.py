@@ -278,9 +278,10 @@ def test_too_few_updates(make_spec, make_updates) -> None:  # type: ignore[no-un
     _, state = merge(create_rule("krum", malicious=2), spec, make_updates(spec, 6))
     assert state.report["too_few"] == 1.0
     for name, _ in ROBUST:
+        rule = create_rule(name)
+        state = rule.init(spec, current={})
         with pytest.raises(RunError, match="no update"):
-            rule = create_rule(name)
-            rule.finish(rule.init(spec, current={}))
+            rule.finish(state)
 
 
 @pytest.mark.parametrize(
