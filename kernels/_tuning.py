@@ -70,6 +70,12 @@ def choose(kernel: str, device: torch.device, key: str, heuristic: Config) -> Co
     return heuristic if row is None else {**heuristic, **row}
 
 
+def reload() -> None:
+    """Read the table again, after a tuner wrote it."""
+    load_table.cache_clear()
+    _rows.cache_clear()
+
+
 @contextlib.contextmanager
 def forced(**configs: Config) -> Iterator[None]:
     """Use these configs, by kernel, whatever the table says (the tuner's hook, also for tests)."""
