@@ -87,12 +87,12 @@ class AdapterLayer(nn.Module):
             base.requires_grad_(False)
         self._basis_names: list[str] = []
         self._derived_names: list[str] = []
+        source = None if own is None else sites.as_float64(sites.flat(site, own))
         if basis is None:
-            source = None if own is None else sites.as_float64(sites.flat(site, own))
             self._set_basis(adapter.freeze(site, source, seed, stats))
         else:
             self._set_basis(self._checked_basis(basis))
-        start = adapter.start(site, seed, self.export_basis(everything=True))
+        start = adapter.start(site, seed, self.export_basis(everything=True), source)
         self.theta = nn.ParameterDict(
             {name: (shared or {}).get(name, nn.Parameter(value)) for name, value in start.items()}
         )

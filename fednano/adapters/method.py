@@ -85,10 +85,9 @@ class Method(abc.ABC):
         """Whether ``path`` is the whole layer and the base weight is not used."""
         return False
 
-    @property
-    def bounded_rank(self) -> int:
-        """The rank that may not exceed min(d_in, d_out); 1 for methods whose size is not a rank."""
-        return int(getattr(self, "rank", 1))
+    def largest_rank(self, site: Site) -> int:
+        """The largest rank that makes sense at a site; any, for methods whose size is not a rank."""
+        return site.full_rank
 
     def check(self, site: Site) -> None:
         """Raise if the adapter cannot sit at the site.
@@ -102,11 +101,12 @@ class Method(abc.ABC):
                 f"adapter {self.name!r} cannot sit on {site.kind} site {site.name!r}; it supports "
                 f"{', '.join(sorted(self.kinds))}. Choose other sites, or an adapter such as {self.instead!r}"
             )
-        rank = self.bounded_rank
-        if rank > site.full_rank:
+        rank, limit = getattr(self, "rank", 1), self.largest_rank(site)
+        if rank > limit:
+            from_sizes = f"min(d_in={site.d_in}, d_out={site.d_out}) = {site.full_rank}"
+            bound = from_sizes if limit == site.full_rank else f"{limit}, from {from_sizes}"
             raise ConfigError(
-                f"adapter {self.name!r}: got rank={rank} at site {site.name!r}; expected rank <= "
-                f"min(d_in={site.d_in}, d_out={site.d_out}) = {site.full_rank}"
+                f"adapter {self.name!r}: got rank={rank} at site {site.name!r}; expected rank <= {bound}"
             )
         if self.dropout and site.kind == "embedding":
             raise ConfigError(
@@ -154,17 +154,22 @@ class Method(abc.ABC):
             seed: the run's seed.
             stats: statistics gathered for the site, such as ``gradient`` ``(d_out, d_in)``.
         """
-        return self._draw(site, self.frozen(site), seed, {})
+        return self._draw(site, self.frozen(site), seed)
 
-    def start(self, site: Site, seed: int, basis: Tensors) -> Tensors:
+    def start(self, site: Site, seed: int, basis: Tensors, weight: Tensor | None) -> Tensors:
         """Initial trainable leaves, on the CPU."""
-        return self._draw(site, self.leaves(site), seed, basis)
+        leaves = self.leaves(site)
+        drawn = self._draw(site, leaves, seed)
+        for name, leaf in leaves.items():
+            if leaf.init.kind == "computed":
+                drawn[name] = self.compute(site, name, seed, basis, weight).to(leaf.dtype).clone()
+        return drawn
 
-    def compute(self, site: Site, name: str, basis: Tensors) -> Tensor:
+    def compute(self, site: Site, name: str, seed: int, basis: Tensors, weight: Tensor | None) -> Tensor:
         """Initial value of a leaf whose init is ``computed``."""
         raise NotImplementedError(f"{self.name} declares {name!r} as computed and does not compute it")
 
-    def _draw(self, site: Site, leaves: Mapping[str, Leaf], seed: int, basis: Tensors) -> Tensors:
+    def _draw(self, site: Site, leaves: Mapping[str, Leaf], seed: int) -> Tensors:
         drawn: Tensors = {}
         for name, leaf in leaves.items():
             owner = site.group if leaf.scope == "group" and site.group else site.name
@@ -177,8 +182,6 @@ class Method(abc.ABC):
                 drawn[name] = philox.uniform(k, leaf.shape, scale)
             elif leaf.init.kind == "normal":
                 drawn[name] = philox.normal(k, leaf.shape, scale)
-            else:
-                drawn[name] = self.compute(site, name, basis).to(leaf.dtype).clone()
         return drawn
 
     def derive(self, site: Site, basis: Tensors) -> Tensors:
@@ -269,11 +272,13 @@ class Method(abc.ABC):
         other.leaves(site)
         frozen = other.frozen(site)
         old = {name: value.cpu() for name, value in basis.items()}
-        if rank < getattr(self, self.size_option):
+        if all(value.shape == frozen[name].shape for name, value in old.items()):
+            grown = old
+        elif rank < getattr(self, self.size_option):
             grown = {name: _cut(value, frozen[name].shape) for name, value in old.items()}
         else:
             grown = other.extend(site, old, weight, seed)
-        fresh = other.start(site, seed, grown)
+        fresh = other.start(site, seed, grown, weight)
         other.quiet(fresh, theta, grown)
         for name, value in fresh.items():
             _overlay(value, theta[name].cpu())

@@ -251,7 +251,7 @@ class Adapter(Protocol):
         CPU."""
         ...
 
-    def start(self, site: Site, seed: int, basis: Tensors) -> Tensors:
+    def start(self, site: Site, seed: int, basis: Tensors, weight: Tensor | None) -> Tensors:
         """Initial trainable leaves, on the CPU."""
         ...
 

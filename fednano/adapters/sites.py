@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fednano.adapters.protocol import Site
 from fednano.errors import ModelError
 
-__all__ = ["apply", "check_input", "check_weight", "flat", "low_rank", "native", "splits"]
+__all__ = ["apply", "check_input", "check_weight", "flat", "low_rank", "native", "second", "splits"]
 
 
 def flat(site: Site, weight: Tensor) -> Tensor:
@@ -71,7 +71,11 @@ def low_rank(site: Site, x: Tensor, A: Tensor, B: Tensor, M: Tensor | None = Non
         return apply(site, x, B @ middle)
     if M is not None:  # fold M into the smaller side: B M costs d_out r^2 once, not tokens r^2
         B = B * M if M.dim() == 1 else B @ M
-    z = apply(site, x, A)
+    return second(site, apply(site, x, A), B)
+
+
+def second(site: Site, z: Tensor, B: Tensor) -> Tensor:
+    """Apply a second factor ``B`` ``(d_out, r)`` to what a first one gave: ``(..., r)``, conv2d ``(N, r, H', W')``."""
     return F.conv2d(z, B[:, :, None, None]) if site.kind == "conv2d" else F.linear(z, B)
 
 

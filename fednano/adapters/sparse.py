@@ -68,10 +68,9 @@ class SHiRA(Method):
         """By rank; a density stays."""
         return self.density is None
 
-    @property
-    def bounded_rank(self) -> int:
-        """No rank where a density is given."""
-        return self.rank if self.density is None else 1
+    def largest_rank(self, site: Site) -> int:
+        """Any where a density is given instead."""
+        return site.full_rank if self.density is None else self.rank
 
     def check(self, site: Site) -> None:
         """Refuse a weight-derived support where no weight can be."""

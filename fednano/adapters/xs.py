@@ -170,7 +170,7 @@ class LoRASB(_Middle):
         # U S V^T is what the layer starts at: fold alpha's scale into R, so that s R = S.
         return {"A": v.T.float().contiguous(), "B": u.float(), "S": (s / self.scale).float()}
 
-    def compute(self, site: Site, name: str, basis: Tensors) -> Tensor:
+    def compute(self, site: Site, name: str, seed: int, basis: Tensors, weight: Tensor | None) -> Tensor:
         """``diag(S)``."""
         return torch.diag(basis["S"])
 
@@ -207,7 +207,7 @@ class SVFit(_Middle):
         u, s, v = bases.singular(site, weight, seed, self.rank)
         return {"A": v.T.float().contiguous(), "B": u.float(), "S": s.float()}
 
-    def compute(self, site: Site, name: str, basis: Tensors) -> Tensor:
+    def compute(self, site: Site, name: str, seed: int, basis: Tensors, weight: Tensor | None) -> Tensor:
         """``S``."""
         return basis["S"]
 
@@ -253,7 +253,7 @@ class LoLDU(_Middle):
             "D": d.float(),
         }
 
-    def compute(self, site: Site, name: str, basis: Tensors) -> Tensor:
+    def compute(self, site: Site, name: str, seed: int, basis: Tensors, weight: Tensor | None) -> Tensor:
         """``D``."""
         return basis["D"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fednano.adapters import AdapterLayer, Method, Site, create
+from fednano.adapters.tlora import factorise
 from fednano.errors import ModelError
 
 Count = Callable[[Site], int]
@@ -37,6 +39,18 @@ def _lora(r: int) -> Count:
     return lambda site: r * (site.d_in + site.d_out)
 
 
+def _randlora(r: int) -> Count:
+    return lambda site: math.ceil(site.full_rank / r) * (r + site.full_rank)
+
+
+def _tlora(r: int, big: int, parts: int) -> Count:
+    def count(site: Site) -> int:
+        ins, outs = factorise(site.d_in, parts), factorise(site.d_out, parts)
+        return sum(n * n * big * big for n in ins) + sum(n * r * r for n in (*ins, *outs))
+
+    return count
+
+
 CASES = [
     Case("nano", _lora(4), {"rank": 4}),
     Case("nano", _lora(4), {"rank": 4, "act": "gelu", "scale": 0.5}),
@@ -57,6 +71,52 @@ CASES = [
     Case("shira", lambda site: site.d_in * site.d_out // 4, {"density": 0.25, "support": "snip"}, 1),
     Case("loca", lambda site: 20, {"count": 20, "alpha": 2.0}, 7),
     Case("loca", lambda site: 20, {"count": 20, "locations": "gradient"}, 7),
+    Case("lamda", lambda site: 4 * site.d_out + 16, {"rank": 4, "alpha": 8.0}),
+    Case("lamda", lambda site: 3 * site.d_out + 16, {"rank": 4, "frozen_columns": 1}),
+    Case("lamda", lambda site: 16, {"rank": 4, "frozen_columns": 4}),
+    Case("nola", lambda site: 11, {"rank": 4, "coefficients_a": 5, "coefficients_b": 6}),
+    Case("nola", lambda site: 6, {"rank": 4, "coefficients_b": 6, "frozen_a": True}),
+    Case("randlora", _randlora(3), {"rank": 3, "alpha": 6.0}),
+    Case(
+        "randlora",
+        lambda site: 4 * -(-site.full_rank // 4),
+        {"rank": 4, "train_gamma": False, "sparse": True},
+    ),
+    Case("mos", lambda site: 2 * (site.d_in + site.d_out), {"rank": 4, "pool_rank": 2, "shards": 2}),
+    Case("mos", lambda site: 3 * (site.d_in + site.d_out), {"rank": 4, "pool_rank": 3, "private_rank": 0}),
+    Case("wara", lambda site: site.d_in + site.d_out, {"rank": 2}, 1),
+    Case("wara", lambda site: 2 * (site.d_in + site.d_out), {"rank": 2, "bands": "own"}, 1),
+    Case("tlora", _tlora(3, 2, 2), {"rank": 3, "transform_rank": 2, "factors": 2}, 1),
+    Case("snella", lambda site: 4 * (site.d_in + site.d_out) + 3, {"rank": 4}),
+    Case("salt", lambda site: 2 * 3 + 2 * 2 * (site.full_rank - 3), {"rank": 2, "top": 3}, 1),
+    Case(
+        "salt", lambda site: 2 * 3 + 2 * 2 * (site.full_rank - 3), {"rank": 2, "top": 3, "official": True}, 1
+    ),
+    Case(
+        "convlora",
+        lambda site: 4 * site.kernel[0] * (site.d_in // site.kernel[0] + site.d_out * site.kernel[0]),
+        {"rank": 4},
+    ),
+    Case(
+        "sltrain",
+        lambda site: _lora(4)(site) + int(0.1 * site.d_in * site.d_out),
+        {"rank": 4, "density": 0.1},
+    ),
+    Case(
+        "sltrain",
+        lambda site: _lora(4)(site) + int(0.1 * site.d_in * site.d_out),
+        {"rank": 4, "density": 0.1, "start_from": "zero"},
+    ),
+    Case(
+        "lost",
+        lambda site: _lora(4)(site) + max(1, site.d_in // 4) * site.d_out,
+        {"rank": 4, "density": 0.25},
+    ),
+    Case(
+        "lost",
+        lambda site: _lora(4)(site) + max(1, site.d_in // 4) * site.d_out,
+        {"rank": 4, "density": 0.25, "act": "linear"},
+    ),
 ]
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
