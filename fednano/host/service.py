@@ -46,6 +46,7 @@ __all__ = ["LanguageHost"]
 
 log = logging.getLogger(__name__)
 
+_LEAVE_SECONDS = 0.05
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -221,6 +222,8 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         while not buffer.complete:
             message = await self._next(context, call)
             if message is None:
+                # The stream of a caller that left ends first; that it was cancelled is known a moment later.
+                await asyncio.sleep(_LEAVE_SECONDS)
                 buffer.take(0)  # says how many bytes are missing
             elif message.WhichOneof("frame") != "chunk":
                 raise HostRefused(f"{call}: got a second header, expected chunks")

@@ -90,7 +90,7 @@ def test_a_batch_beyond_the_limits_goes_in_several_requests(local: LocalLLM) -> 
             assert remote.wire.step.samples == 7
             assert remote.generate(batch[0], batch[1], 4).tolist() == answers.tolist()
             if limits.max_tokens == 18:
-                with pytest.raises(HostRefused, match="sample 1 has 19 tokens .* the host takes at most 18"):
+                with pytest.raises(HostRefused, match=r"sample 1 has 19 tokens .* the host takes at most 18"):
                     take_step(remote, make_batch([5, 19]))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
 
 from fednano.models.language import LanguageModel, LanguagePart
 from fednano.models.language_inputs import IGNORE
@@ -46,6 +45,8 @@ def take_step(llm: LanguageModel, batch: Batch, weights: Tensor | None = None) -
 
 def tiny_part(seed: int = 0) -> LanguagePart:
     """The same weights in every process for the same seed."""
+    from transformers import LlamaConfig, LlamaModel
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=D,
@@ -63,6 +64,29 @@ def tiny_part(seed: int = 0) -> LanguagePart:
     return LanguagePart(decoder, head, D, V, POSITIONS, (2, 3), 0, f"tiny-{seed}")
 
 
+class RunningMean(torch.nn.Module):
+    """The smallest causal decoder: each hidden state is a function of the mean of all inputs so far.
+
+    For host processes: importing transformers would double their start.
+    """
+
+    def __init__(self, delay: float) -> None:
+        super().__init__()
+        self.mix, self.delay = torch.nn.Linear(D, D), delay
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, **_: object) -> SimpleNamespace:
+        time.sleep(self.delay)
+        mean = inputs_embeds.cumsum(1) / (position_ids.unsqueeze(-1) + 1)
+        return SimpleNamespace(last_hidden_state=torch.tanh(self.mix(mean)))
+
+
+def toy_part(seed: int = 0, delay: float = 0.0) -> LanguagePart:
+    """A part for `loss` alone that loads at once; ``delay`` seconds are added to each computation."""
+    torch.manual_seed(seed)
+    decoder, head = RunningMean(delay), torch.nn.Linear(D, V, bias=False)
+    return LanguagePart(decoder, head, D, V, POSITIONS, (2, 3), 0, f"toy-{seed}")
+
+
 def step_in_child(remote: Any, queue: Any) -> None:
     """Take one step in another process and report losses, norm of the gradient, and samples counted."""
     torch.set_num_threads(1)
@@ -72,15 +96,8 @@ def step_in_child(remote: Any, queue: Any) -> None:
 
 
 def load(name: str, dtype: str, device: str) -> LanguagePart:
-    """``seed-N`` is a model; ``slow`` never finishes loading; ``broken`` fails."""
-    if name == "slow":
-        time.sleep(60)
-    if name == "broken":
-        raise RuntimeError("the weights are on fire")
-    part = tiny_part(int(name.removeprefix("seed-")))
-    if delay := float(os.environ.get("TINY_HOST_DELAY", "0")):
-        part.decoder.register_forward_pre_hook(lambda *_: time.sleep(delay))
-    return part
+    """``toy`` or ``toy-DELAY``, see `toy_part`."""
+    return toy_part(delay=float(name.partition("-")[2] or 0))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ MODELS = {kind: whole_model(kind) for kind in KINDS}
 WIDE = {kind: whole_model(kind, torch.float64) for kind in KINDS}
 
 
-def batch(lengths: list[int], pads: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(lengths: list[int], pads: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random embeddings, mask and labels; row i has ``pads[i]`` places of padding before it, and some after."""
     g = torch.Generator().manual_seed(seed)
     total = max(n + p for n, p in zip(lengths, pads, strict=True))
@@ -95,7 +95,7 @@ rows = st.lists(st.tuples(st.integers(2, 16), st.integers(0, 6)), min_size=1, ma
 @settings(max_examples=25, deadline=None)
 @given(rows=rows, seed=st.integers(0, 2**31))
 def test_loss_and_gradient_equal_the_whole_model(kind: str, rows: list[tuple[int, int]], seed: int) -> None:
-    embeds, mask, labels = batch([n for n, _ in rows], [p for _, p in rows], seed)
+    embeds, mask, labels = make_batch([n for n, _ in rows], [p for _, p in rows], seed)
     truth = reference(WIDE[kind], embeds.double(), mask, labels)
     plain = reference(MODELS[kind], embeds, mask, labels)
     for models, dtype in ((WIDE, torch.float64), (MODELS, torch.float32)):
@@ -115,7 +115,7 @@ def test_padded_hugging_face_batch_gives_the_same(kind: str) -> None:
     """The oracle is the whole model run on the padded batch itself, with its own attention mask."""
     model, lengths = WIDE[kind], [3, 11, 7]
     for pads in ([0, 0, 0], [8, 0, 4]):
-        embeds, mask, labels = batch(lengths, pads, 5)
+        embeds, mask, labels = make_batch(lengths, pads, 5)
         x = embeds.double().requires_grad_()
         ids = (mask.long().cumsum(1) - 1).clamp(min=0)
         logits = model(inputs_embeds=x, attention_mask=mask.long(), position_ids=ids).logits[:, :-1]
@@ -134,7 +134,7 @@ def test_padded_hugging_face_batch_gives_the_same(kind: str) -> None:
 
 def test_rows_of_the_gradient_belong_to_their_losses() -> None:
     llm = LocalLLM(part_of(MODELS["llama"]))
-    embeds, mask, labels = batch([5, 9, 4], [0, 0, 3], 2)
+    embeds, mask, labels = make_batch([5, 9, 4], [0, 0, 3], 2)
     x = embeds.requires_grad_()
     weights = torch.tensor([0.5, 0.0, -2.0])
     (weighted,) = torch.autograd.grad((llm.loss(x, mask, labels) * weights).sum(), x)
@@ -147,7 +147,7 @@ def test_weights_never_get_gradients_and_logits_only_at_labels(monkeypatch: pyte
     llm = LocalLLM(part_of(model))
     seen: list[int] = []
     handle = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
-    embeds, mask, labels = batch([9, 6], [0, 2], 4)
+    embeds, mask, labels = make_batch([9, 6], [0, 2], 4)
     labels[:] = IGNORE
     labels[0, 4], labels[0, 8], labels[1, 5] = 3, 4, 5
     llm.loss(embeds.requires_grad_(), mask, labels).sum().backward()
@@ -161,7 +161,7 @@ def test_weights_never_get_gradients_and_logits_only_at_labels(monkeypatch: pyte
 @pytest.mark.parametrize("objective", ["inverted_hinge", "gradient_ascent"])
 def test_other_objectives_reach_the_loss(objective: str) -> None:
     model = MODELS["qwen2"]
-    embeds, mask, labels = batch([6], [0], 8)
+    embeds, mask, labels = make_batch([6], [0], 8)
     logits = model(inputs_embeds=embeds).logits[0, :-1]
     p = logits.softmax(-1)
     total, count = 0.0, 0
@@ -181,7 +181,7 @@ def test_other_objectives_reach_the_loss(objective: str) -> None:
 @given(rows=rows, seed=st.integers(0, 2**31), new=st.integers(1, 8))
 def test_generation_equals_hugging_face(kind: str, rows: list[tuple[int, int]], seed: int, new: int) -> None:
     model = MODELS[kind]
-    embeds, mask, _ = batch([n for n, _ in rows], [p for _, p in rows], seed)
+    embeds, mask, _ = make_batch([n for n, _ in rows], [p for _, p in rows], seed)
     eos = (2, 17, 30)
     got = LocalLLM(part_of(model, eos)).generate(embeds, mask, new)
     assert got.shape == (len(rows), new)
@@ -202,7 +202,7 @@ def test_generation_with_adapted_token_embeddings() -> None:
     model = MODELS["llama"]
     table = model.model.embed_tokens.weight
     twist = torch.linspace(0.2, 1.8, D)
-    embeds, mask, _ = batch([4, 7], [3, 0], 21)
+    embeds, mask, _ = make_batch([4, 7], [3, 0], 21)
     llm = LocalLLM(part_of(model, eos=()))
     got = llm.generate(embeds, mask, 6, embed=lambda ids: table[ids] * twist)
     for i, real in enumerate(mask):
@@ -217,7 +217,7 @@ def test_generation_with_adapted_token_embeddings() -> None:
 
 def test_rows_end_at_an_end_token_and_early_stop_keeps_the_shape() -> None:
     model = MODELS["llama"]
-    embeds, mask, _ = batch([4, 5], [0, 0], 1)
+    embeds, mask, _ = make_batch([4, 5], [0, 0], 1)
     free = LocalLLM(part_of(model, eos=())).generate(embeds, mask, 6)
     stop = (int(free[0, 0]), int(free[1, 0]))
     got = LocalLLM(part_of(model, eos=stop)).generate(embeds, mask, 6)
@@ -226,7 +226,7 @@ def test_rows_end_at_an_end_token_and_early_stop_keeps_the_shape() -> None:
 
 def test_same_call_same_bits_also_from_many_threads() -> None:
     llm = LocalLLM(part_of(MODELS["mistral"]))
-    calls = [batch([3 + i, 9], [0, i], i) for i in range(6)]
+    calls = [make_batch([3 + i, 9], [0, i], i) for i in range(6)]
 
     def step(call: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x = call[0].clone().requires_grad_()
@@ -251,7 +251,7 @@ def test_same_call_same_bits_also_from_many_threads() -> None:
 
 def test_bfloat16_model_takes_float32_embeddings() -> None:
     llm = LocalLLM(part_of(whole_model("llama", torch.bfloat16)))
-    embeds, mask, labels = batch([6, 8], [0, 0], 3)
+    embeds, mask, labels = make_batch([6, 8], [0, 0], 3)
     loss = llm.loss(embeds.requires_grad_(), mask, labels)
     loss.sum().backward()
     assert loss.dtype == torch.float32
@@ -267,53 +267,54 @@ def test_it_is_a_language_model() -> None:
     assert (llm.hidden_size, llm.vocab_size, llm.max_positions) == (D, V, POSITIONS)
 
 
-GOOD = batch([4, 6, 3], [0, 0, 2], 0)
+GOOD = make_batch([4, 6, 3], [0, 0, 2], 0)
 
 
-def spoil(what: str) -> tuple[Tensor, Tensor, Tensor]:
-    embeds, mask, labels = (t.clone() for t in GOOD)
-    match what:
-        case "width":
-            embeds = embeds[..., :-1]
-        case "rank":
-            embeds = embeds[0]
-        case "empty":
-            embeds, mask, labels = embeds[:0], mask[:0], labels[:0]
-        case "dtype":
-            embeds = embeds.long()
-        case "nan":
-            embeds[1, 2, 3] = float("nan")
-        case "infinity":
-            embeds[2, 0, 0] = float("inf")
-        case "mask shape":
-            mask = mask[:, :-1]
-        case "mask float":
-            mask = mask.float()
-        case "mask two":
-            mask = mask.long() * 2
-        case "mask zero":
-            mask[1] = False
-        case "mask hole":
-            mask[1, 2] = False
-        case "labels shape":
-            labels = labels[:2]
-        case "labels dtype":
-            labels = labels.int()
-        case "label big":
-            labels[2, 4] = V
-        case "label negative":
-            labels[0, 1] = -1
-        case "label on padding":
-            labels[0, 5] = 3
-        case "no label":
-            labels[1] = IGNORE
-        case "first label only":
-            labels[2] = IGNORE
-            labels[2, 2] = 4
-        case "long":
-            embeds, mask = torch.zeros(1, POSITIONS + 1, D), torch.ones(1, POSITIONS + 1)
-            mask, labels = mask.bool(), torch.ones(1, POSITIONS + 1).long()
-    return embeds, mask, labels
+def _set(which: int, at: Any, value: Any) -> Any:
+    def spoil(batch: list[Tensor]) -> None:
+        batch[which][at] = value
+
+    return spoil
+
+
+def _replace(which: int, change: Any) -> Any:
+    def spoil(batch: list[Tensor]) -> None:
+        batch[which] = change(batch[which])
+
+    return spoil
+
+
+def _only_the_first_label(batch: list[Tensor]) -> None:
+    batch[2][2] = IGNORE
+    batch[2][2, 2] = 4
+
+
+def _too_long(batch: list[Tensor]) -> None:
+    n = POSITIONS + 1
+    batch[:] = [torch.zeros(1, n, D), torch.ones(1, n, dtype=torch.bool), torch.ones(1, n, dtype=torch.int64)]
+
+
+SPOIL: dict[str, Any] = {
+    "width": _replace(0, lambda x: x[..., :-1]),
+    "rank": _replace(0, lambda x: x[0]),
+    "empty": _replace(0, lambda x: x[:0]),
+    "dtype": _replace(0, lambda x: x.long()),
+    "nan": _set(0, (1, 2, 3), float("nan")),
+    "infinity": _set(0, (2, 0, 0), float("inf")),
+    "mask shape": _replace(1, lambda x: x[:, :-1]),
+    "mask float": _replace(1, lambda x: x.float()),
+    "mask two": _replace(1, lambda x: x.long() * 2),
+    "mask zero": _set(1, 1, False),
+    "mask hole": _set(1, (1, 2), False),
+    "labels shape": _replace(2, lambda x: x[:2]),
+    "labels dtype": _replace(2, lambda x: x.int()),
+    "label big": _set(2, (2, 4), V),
+    "label negative": _set(2, (0, 1), -1),
+    "label on padding": _set(2, (0, 5), 3),
+    "no label": _set(2, 1, IGNORE),
+    "first label only": _only_the_first_label,
+    "long": _too_long,
+}
 
 
 @pytest.mark.parametrize(
@@ -341,8 +342,10 @@ def spoil(what: str) -> tuple[Tensor, Tensor, Tensor]:
     ],
 )
 def test_bad_input_is_refused_with_its_reason(what: str, message: str) -> None:
+    batch = [t.clone() for t in GOOD]
+    SPOIL[what](batch)
     with pytest.raises(HostRefused, match=message):
-        LocalLLM(part_of(MODELS["llama"])).loss(*spoil(what))
+        LocalLLM(part_of(MODELS["llama"])).loss(*batch)
 
 
 def test_bad_generation_and_objective_are_refused() -> None:
