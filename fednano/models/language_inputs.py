@@ -125,7 +125,11 @@ def check_token_embeds(embeds: Tensor, samples: int, hidden_size: int) -> None:
         HostRefused: ``embeds`` is not a finite ``(samples, hidden_size)``.
     """
     if tuple(embeds.shape) != (samples, hidden_size) or not bool(embeds.isfinite().all()):
-        got = f"shape {tuple(embeds.shape)}" if tuple(embeds.shape) != (samples, hidden_size) else "NaN or infinity"
+        got = (
+            f"shape {tuple(embeds.shape)}"
+            if tuple(embeds.shape) != (samples, hidden_size)
+            else "NaN or infinity"
+        )
         raise HostRefused(f"embed: got {got}, expected finite ({samples}, {hidden_size}): one row per sample")
 
 

@@ -74,9 +74,11 @@ def test_life_of_a_host_process(tmp_path: Path) -> None:
         if handle:
             assert handle not in {str(f.readlink()) for f in Path(f"/proc/{first.pid}/fd").iterdir()}
             assert token not in Path(f"/proc/{first.pid}/cmdline").read_bytes()
-        with RemoteLLM(first.address, insecure=True, token=new_token()) as stranger:
-            with pytest.raises(HostRefused, match="refused the token"):
-                stranger.describe()
+        with (
+            RemoteLLM(first.address, insecure=True, token=new_token()) as stranger,
+            pytest.raises(HostRefused, match="refused the token"),
+        ):
+            stranger.describe()
 
         call = Call(remote, watch)
         os.kill(first.pid, signal.SIGTERM)

@@ -92,44 +92,50 @@ def test_tls_works_and_the_log_says_so(
 ) -> None:
     caplog.set_level(logging.INFO, "fednano.host")
     want = take_step(local, make_batch([4, 7]))
-    with serve(local, security=tls(trusted)) as host:
-        with RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=5) as remote:
-            assert take_step(remote, make_batch([4, 7]))[1].equal(want[1])
+    with (
+        serve(local, security=tls(trusted)) as host,
+        RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=5) as remote,
+    ):
+        assert take_step(remote, make_batch([4, 7]))[1].equal(want[1])
     assert f"language host at {host.address} (TLS)" in caplog.text
     assert "without TLS" not in caplog.text
 
 
 def test_a_plain_connection_to_a_tls_host_fails_clearly(local: LocalLLM, trusted: Authority) -> None:
-    with serve(local, security=tls(trusted)) as host:
-        with RemoteLLM(host.address, insecure=True, retry_seconds=0.3) as plain:
-            with pytest.raises(
-                HostUnavailable, match="if it uses TLS, pass root_certificates instead of insecure"
-            ):
-                plain.describe()
+    with (
+        serve(local, security=tls(trusted)) as host,
+        RemoteLLM(host.address, insecure=True, retry_seconds=0.3) as plain,
+        pytest.raises(HostUnavailable, match="if it uses TLS, pass root_certificates instead of insecure"),
+    ):
+        plain.describe()
 
 
 def test_tls_to_a_plain_host_fails_clearly(local: LocalLLM, trusted: Authority) -> None:
     with (
         serve(local) as host,
         RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=0.3) as remote,
+        pytest.raises(HostRefused, match=r"no TLS connection to .* Check that the host uses TLS"),
     ):
-        with pytest.raises(HostRefused, match=r"no TLS connection to .* Check that the host uses TLS"):
-            remote.describe()
+        remote.describe()
 
 
 def test_a_host_signed_by_somebody_else_is_not_trusted(local: LocalLLM, trusted: Authority) -> None:
-    with serve(local, security=tls(authority("other"))) as host:
-        with RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=30) as remote:
-            with pytest.raises(HostRefused, match="that root_certificates signed its certificate"):
-                remote.describe()
+    with (
+        serve(local, security=tls(authority("other"))) as host,
+        RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=30) as remote,
+        pytest.raises(HostRefused, match="that root_certificates signed its certificate"),
+    ):
+        remote.describe()
 
 
 def test_a_certificate_for_another_address_is_not_trusted(local: LocalLLM, trusted: Authority) -> None:
     key, certificate = trusted.issue("elsewhere.example", address=None)
-    with serve(local, security=HostSecurity(certificate=certificate, key=key)) as host:
-        with RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=30) as remote:
-            with pytest.raises(HostRefused, match="that the certificate names this address"):
-                remote.describe()
+    with (
+        serve(local, security=HostSecurity(certificate=certificate, key=key)) as host,
+        RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=30) as remote,
+        pytest.raises(HostRefused, match="that the certificate names this address"),
+    ):
+        remote.describe()
 
 
 def test_client_certificates(local: LocalLLM, trusted: Authority) -> None:
@@ -138,9 +144,11 @@ def test_client_certificates(local: LocalLLM, trusted: Authority) -> None:
         shown = {"root_certificates": trusted.pem, "client_key": key, "client_certificate": certificate}
         with RemoteLLM(host.address, retry_seconds=5, **shown) as remote:  # type: ignore[arg-type]
             take_step(remote, make_batch([4]))
-        with RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=0.3) as stranger:
-            with pytest.raises(HostUnavailable, match="no language host answers"):
-                stranger.describe()
+        with (
+            RemoteLLM(host.address, root_certificates=trusted.pem, retry_seconds=0.3) as stranger,
+            pytest.raises(HostUnavailable, match="no language host answers"),
+        ):
+            stranger.describe()
 
 
 def test_tokens(local: LocalLLM, trusted: Authority) -> None:
