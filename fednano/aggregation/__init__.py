@@ -4,15 +4,18 @@ Knows neither Flower nor gRPC. Start with `create_rule`, `Spec`, `Update` and `v
 """
 
 from fednano.aggregation.capability import algebra_name, check_combination, default_rule, rule_table
+from fednano.aggregation.codecs import Codec, codec_names, create_codec, decode_fisher, encode_fisher
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.registry import create_rule, rule_class, rule_names
 from fednano.aggregation.rule import Aggregator, Capability, Rule, State
 from fednano.aggregation.spec import LeafSpec, Product, Spec
+from fednano.aggregation.staleness import freshen, staleness_weight
 from fednano.aggregation.update import Leaves, Reason, Refusal, Update, validate
 
 __all__ = [
     "Aggregator",
     "Capability",
+    "Codec",
     "FixedSum",
     "Grid",
     "LeafSpec",
@@ -26,10 +29,16 @@ __all__ = [
     "Update",
     "algebra_name",
     "check_combination",
+    "codec_names",
+    "create_codec",
     "create_rule",
+    "decode_fisher",
     "default_rule",
+    "encode_fisher",
+    "freshen",
     "rule_class",
     "rule_names",
     "rule_table",
+    "staleness_weight",
     "validate",
 ]
