@@ -34,7 +34,13 @@ __all__ = [
 
 
 class FednanoError(Exception):
-    """Base of all errors that end in one message for the user instead of a stack trace."""
+    """Base of all errors that end in one message for the user instead of a stack trace.
+
+    Attributes:
+        shown: a run's own display has said it already; the command line need not repeat it.
+    """
+
+    shown: bool = False
 
 
 class ConfigError(FednanoError):
@@ -74,4 +80,6 @@ class RunError(FednanoError):
 
 
 class Interrupted(Exception):
-    """The run was asked to end, by Ctrl-C or from elsewhere; what was done is kept."""
+    """The run was asked to end, by Ctrl-C or from elsewhere; what was done is kept. ``shown`` as above."""
+
+    shown: bool = False

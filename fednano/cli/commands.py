@@ -42,10 +42,15 @@ def _root(
 def simulate(
     *,
     backend: Annotated[
-        str, typer.Option(help="'ray': Flower's simulation engine; 'inprocess': one client at a time, no start-up")
+        str,
+        typer.Option(
+            help="'ray': Flower's simulation engine; 'inprocess': one client at a time, no start-up"
+        ),
     ] = "ray",
     progress: Annotated[str, typer.Option(help="'auto', 'live', 'plain' or 'quiet'")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the run's summary as JSON at the end.")
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Show Flower's own log.")] = False,
     settings: dict[str, Any],
 ) -> None:
@@ -81,10 +86,12 @@ def generate(
     typer.echo(json.dumps({"question": question, "answer": text}) if as_json else text)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def host(context: typer.Context) -> None:
     """Serve the frozen language model to the clients of runs. `fednano host --help` lists the options."""
-    from fednano.host.__main__ import main as serve
+    from fednano.host.cli import main as serve
 
     sys.exit(serve(list(context.args)))
 

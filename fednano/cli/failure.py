@@ -35,6 +35,6 @@ def reported() -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _say(error: Exception) -> None:
-    if not getattr(error, "shown", False):
+def _say(error: FednanoError | Interrupted) -> None:
+    if not error.shown:
         print(f"error: {error}", file=sys.stderr)

@@ -92,7 +92,9 @@ def _load(folder: Path, reference: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the app's component {reference!r} cannot be loaded from {folder}: {error}.") from error
+        raise ConfigError(
+            f"the app's component {reference!r} cannot be loaded from {folder}: {error}."
+        ) from error
     finally:
         # The folder may hold packages whose bare names mean something else to other libraries.
         sys.path.remove(path)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fednano.data import Sample
 from fednano.errors import ConfigError, RunError
-from fednano.federation.model import build_edge, connect
 from fednano.federation.messages import HostTicket
+from fednano.federation.model import build_edge, connect
 from fednano.federation.server import config_of
 from fednano.runs import RunFolder
 from fednano.training.answers import generate_answers
@@ -54,4 +54,6 @@ def answer(
         edge.load_travelling(leaves)
     sample = Sample(id="question", image=image, question=question, answer="")
     with connect(config, HostTicket()) as llm:
-        return generate_answers(edge, llm, FeatureCache(edge.edge), [sample], max_new_tokens=max_new_tokens)[0]
+        return generate_answers(edge, llm, FeatureCache(edge.edge), [sample], max_new_tokens=max_new_tokens)[
+            0
+        ]

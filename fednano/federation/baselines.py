@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 from statistics import fmean
 
-from fednano.aggregation import check_combination, create_rule
+from fednano.aggregation import Rule, check_combination, create_rule
 from fednano.errors import ConfigError
+from fednano.federation.config import RunConfig
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
 
-__all__ = ["BaselineResult", "run_baselines"]
+__all__ = ["BaselineResult", "build_rule", "run_baselines"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,17 @@ def run_baselines(fed: Federation, start: Leaves) -> dict[str, BaselineResult]:
     }
 
 
+def build_rule(config: RunConfig, name: str) -> Rule:
+    """A merge rule by name, with the options that the run's settings give it.
+
+    Raises:
+        ConfigError: no rule has that name.
+    """
+    return create_rule(name, **({"floor": config.fisher_floor} if name == "fisher" else {}))
+
+
 def _other_rule(fed: Federation, name: str, start: Leaves) -> BaselineResult:
-    rule = create_rule(name, **({"floor": fed.config.fisher_floor} if name == "fisher" else {}))
+    rule = build_rule(fed.config, name)
     check_combination(rule, fed.spec.algebra)
     began = time.monotonic()
     fed.view.phase_started(name, fed.config.rounds)

@@ -196,7 +196,7 @@ def hello(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     }
     if "data" not in node:  # a real site's label counts are its own business
         facts["labels"] = json.dumps(Counter(sample.answer for sample in share.data.samples), sort_keys=True)
-    metrics = {"samples": len(share.data), "held-out": len(share.held_out)}
+    metrics: dict[str, float] = {"samples": len(share.data), "held-out": len(share.held_out)}
     return Reply(name, instruction.round, metrics, facts)
 
 

@@ -72,7 +72,9 @@ class RunConfig:
         "split", "'split': language model on the host; 'local': whole model at each client"
     )
     host_address: str = _setting("", "address of a running language host; empty = the server starts its own")
-    host_ca: str = _setting("", "PEM file of the authority that signed that host's certificate; empty = loopback only")
+    host_ca: str = _setting(
+        "", "PEM file of the authority that signed that host's certificate; empty = loopback only"
+    )
     host_token_file: str = _setting("", "file with the token that admits this run to that host, base64url")
     host_workers: int = _setting(2, "steps that the host computes at the same time")
     host_retry: float = _setting(60.0, "seconds that a client tries to reach a host that does not answer")
@@ -196,5 +198,5 @@ def _check_type(spec: dataclasses.Field[Any], value: Any) -> None:
             f"{_hyphen(spec.name)} is {value!r} ({type(value).__name__}); expected {expected.__name__}, "
             f"for example {spec.default!r}."
         )
-    if expected is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{_hyphen(spec.name)} is {value}; expected a finite number.")

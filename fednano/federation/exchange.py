@@ -119,8 +119,9 @@ def exchange(
         arrived = list(grid.pull_messages(pending))
         for message in arrived:
             pending.discard(message.metadata.reply_to_message_id)
-            client = unanswered.pop(message.metadata.src_node_id, None)
-            if client is not None:
+            node = message.metadata.src_node_id
+            if node in unanswered:
+                client = unanswered.pop(node)
                 yield _open(client, message, time.monotonic() - started, check_names)
         if not pending or time.monotonic() - started > timeout:
             break

@@ -44,11 +44,20 @@ def open_host(config: RunConfig, view: RunView, log: Path) -> Iterator[HostTicke
         yield replace(ticket, fingerprint=fingerprint)
         return
     token = new_token()
-    options = ["--workers", str(config.host_workers), "--threads", str(config.threads), "--device", config.device]
+    options = [
+        "--workers",
+        str(config.host_workers),
+        "--threads",
+        str(config.threads),
+        "--device",
+        config.device,
+    ]
     command = host_command(config.model, *options)
     # -P: the working folder may hold packages whose bare names mean something else to the libraries.
     with HostProcess([sys.executable, "-P", *command[1:]], tokens=[token], log=log) as host:
-        view.message(f"language host: {host.address}, plain text on the loopback interface, this run's token only")
+        view.message(
+            f"language host: {host.address}, plain text on the loopback interface, this run's token only"
+        )
         yield HostTicket(host.address, token=token, fingerprint=host.fingerprint)
         if not host.running:
             raise HostError(f"the language host ended by itself. Its log is {log}.")
@@ -61,7 +70,9 @@ def _outside_ticket(config: RunConfig) -> HostTicket:
     try:
         raw = base64.urlsafe_b64decode(token)
     except ValueError as error:
-        raise ConfigError(f"host-token-file {config.host_token_file!r} does not hold base64url text.") from error
+        raise ConfigError(
+            f"host-token-file {config.host_token_file!r} does not hold base64url text."
+        ) from error
     return HostTicket(config.host_address, token=raw, root_certificates=root)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -239,7 +240,7 @@ def _train(
         content = instruction.to_records()
         requests[client] = (fed.nodes[client], content)
         wire.requests += 1
-        wire.adapter_down += record_bytes(content["leaves"])
+        wire.adapter_down += record_bytes(RecordDict({"leaves": content["leaves"]}))
     deliveries = exchange(
         fed.grid,
         requests,

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.serverapp import Grid
 
-from fednano.aggregation import LeafSpec, Product, Spec, check_combination, create_rule
+from fednano.aggregation import LeafSpec, Product, Spec, check_combination
 from fednano.errors import FednanoError, Interrupted, RunError
-from fednano.federation.baselines import run_baselines
+from fednano.federation.baselines import build_rule, run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator, Judgement
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
@@ -33,6 +34,8 @@ from fednano.runs import RunFolder, RunInfo, RunView, make_view
 __all__ = ["run_server", "spec_of"]
 
 ZERO_SHOT = "zero-shot"
+
+_Error = TypeVar("_Error", FednanoError, Interrupted)
 
 
 def run_server(
@@ -60,21 +63,26 @@ def run_server(
         with ExitStack() as stack:
             stack.callback(folder.close)
             _run(grid, config, folder, view, stop, stack)
-    except (FednanoError, Interrupted) as error:
-        text = str(error) or "the run was asked to end."
-        if isinstance(error, Interrupted):
-            text = f"{text} Everything up to here is kept in {folder.path}; continue with --resume {folder.path.name}."
-        folder.append_event("error", text)
-        folder.close()
-        view.finish(error=text)
-        error.shown = True  # type: ignore[union-attr]  # the command line need not say it again
-        raise
+    except Interrupted as error:
+        kept = f"Everything up to here is kept in {folder.path}; continue with --resume {folder.path.name}."
+        raise _ended(Interrupted(f"{error} {kept}"), folder, view) from None
+    except FednanoError as error:
+        raise _ended(error, folder, view)  # noqa: B904 - it is the same error
     return folder.path
+
+
+def _ended(error: _Error, folder: RunFolder, view: RunView) -> _Error:
+    """Write down and show why a run ended early; the command line need not say it again."""
+    folder.append_event("error", str(error))
+    folder.close()
+    view.finish(error=str(error))
+    error.shown = True
+    return error
 
 
 def _open_folder(config: RunConfig) -> tuple[RunFolder, RunConfig]:
     if not config.resume:
-        name = f"{config.dataset}-{config.adapter}-{config.rule}"
+        name = f"{Path(config.dataset).name}-{config.adapter}-{config.rule}"
         folder = RunFolder.create(config.runs_dir, name, config.to_mapping(), command=repeat_command(config))
     else:
         folder = RunFolder.open(config.resume, root=config.runs_dir)
@@ -108,7 +116,7 @@ def _run(
 ) -> None:
     began = time.monotonic()
     use_threads(config)
-    rule = _rule(config, config.rule)
+    rule = build_rule(config, config.rule)
     view.start(
         RunInfo(
             run_id=folder.path.name,
@@ -164,10 +172,6 @@ def _run(
         baselines=baselines,
         wall_seconds=time.monotonic() - began,
     )
-
-
-def _rule(config: RunConfig, name: str):  # type: ignore[no-untyped-def]
-    return create_rule(name, **({"floor": config.fisher_floor} if name == "fisher" else {}))
 
 
 def algebra_of(edge: NanoEdge) -> str:

@@ -122,6 +122,7 @@ def train_local(
     for start in range(0, len(order), settings.batch_size):
         prompts, features = data.batch(order[start : start + settings.batch_size])
         batch = edge(prompts, features)
+        _check_finite(batch.embeds, [], client=client, round_number=round_number, step=steps + 1)
         losses: Tensor = llm.loss(batch.embeds, batch.mask, batch.labels, settings.objective)  # (B,)
         optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()  # type: ignore[no-untyped-call]
@@ -139,13 +140,14 @@ def train_local(
 
 
 def _check_finite(
-    losses: Tensor, parameters: list[torch.nn.Parameter], *, client: str, round_number: int, step: int
+    values: Tensor, parameters: list[torch.nn.Parameter], *, client: str, round_number: int, step: int
 ) -> None:
-    finite = bool(torch.isfinite(losses.detach()).all()) and all(
+    """Refuse embeddings, losses or gradients that are not finite, before they do harm."""
+    finite = bool(torch.isfinite(values.detach()).all()) and all(
         bool(torch.isfinite(parameter.grad).all()) for parameter in parameters if parameter.grad is not None
     )
     if not finite:
         raise TrainingDiverged(
-            f"client {client}, round {round_number}, step {step}: the loss is {float(losses.detach().mean())} or its "
-            "gradient is not finite. Lower the learning rate, or set a clip norm."
+            f"client {client}, round {round_number}, step {step}: the adapters' output, the loss or a gradient is not "
+            "finite. Lower the learning rate, or set a clip norm."
         )

@@ -35,7 +35,12 @@ DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config
 
 def random_llava(tower: str, decoder: str, seed: int = 0, tie: bool = False) -> LlavaForConditionalGeneration:
     vision = TOWERS[tower](
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
     text = DECODERS[decoder](
         vocab_size=150,
@@ -67,7 +72,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
         for decoder in DECODERS:
             folder = tmp_path_factory.mktemp(f"{tower}-{decoder}")
             # Several shards, so that reading one side through the index is exercised too.
-            random_llava(tower, decoder, tie=decoder == "qwen2").save_pretrained(folder, max_shard_size="20KB")
+            random_llava(tower, decoder, tie=decoder == "qwen2").save_pretrained(
+                folder, max_shard_size="20KB"
+            )
             for file in tiny.iterdir():
                 if not (folder / file.name).exists() and file.suffix != ".safetensors":
                     (folder / file.name).write_bytes(file.read_bytes())
@@ -127,7 +134,9 @@ def test_generation_equals_the_whole_models(decoder: str, folders: dict[tuple[st
     batch = nano(prompts, list(features))
     got = LocalLLM(language).generate(batch.embeds, batch.mask, 5)
     for row, (prompt, image) in enumerate(zip(prompts, pixels, strict=True)):
-        ids = [i for p in prompt.ids for i in ([p] if p != IMAGE_TOKEN else [IMAGE_TOKEN] * features.shape[1])]
+        ids = [
+            i for p in prompt.ids for i in ([p] if p != IMAGE_TOKEN else [IMAGE_TOKEN] * features.shape[1])
+        ]
         out = whole.generate(
             input_ids=torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -197,7 +206,9 @@ def test_reading_one_side_works_without_the_other_sides_shards(
 ) -> None:
     source = folders["clip", "llama"]
     index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
-    wanted = {shard for key, shard in index.items() if "language_model.layers" not in key and "lm_head" not in key}
+    wanted = {
+        shard for key, shard in index.items() if "language_model.layers" not in key and "lm_head" not in key
+    }
     for file in source.iterdir():
         if file.suffix != ".safetensors" or file.name in wanted:
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -211,7 +222,8 @@ def test_prompt_and_answer_ids_are_those_of_the_whole_text() -> None:
     edge = load_edge("tiny")
     prompt = edge.prompt("is there a red circle?", "yes")
     text = edge.tokenizer.decode(prompt.ids + prompt.answer)
-    assert "red circle" in text and "yes" in text
+    assert "red circle" in text
+    assert "yes" in text
     assert prompt.answer[-1] == edge.tokenizer.eos_token_id
     assert prompt.ids == edge.prompt("is there a red circle?", None).ids
     assert prompt.ids.count(edge.image_token_id) == 1
