@@ -27,7 +27,8 @@ def host_command(model: str, *options: str) -> list[str]:
         model: ``"tiny"``, a folder, or a Hugging Face id.
         options: further arguments of ``python -m fednano.host``, such as ``"--workers", "2"``.
     """
-    return [sys.executable, "-m", "fednano.host", "--model", model, "--listen", "127.0.0.1:0", *options]
+    # -P keeps the working folder off the path: a folder there may bear the name of a package that a library looks for.
+    return [sys.executable, "-P", "-m", "fednano.host", "--model", model, "--listen", "127.0.0.1:0", *options]
 
 
 class HostProcess:

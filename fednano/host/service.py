@@ -23,15 +23,16 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import torch
-from torch import Tensor
 
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
+from fednano.host.compute import begin_generation, compute_step
 from fednano.host.limits import HostLimits
 from fednano.host.names import CHUNK_BYTES, LABEL_BYTES, REASON_KEY
 from fednano.host.pool import BusyError, ComputePool
@@ -39,8 +40,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import TokenRefusedError, TokenVerifier, parse_bearer
 from fednano.host.stats import Stats
-from fednano.models.language import Generation, LocalLLM
-from fednano.models.language_inputs import IGNORE
+from fednano.models.language import LocalLLM
 
 __all__ = ["LanguageHost"]
 
@@ -108,29 +108,26 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
 
     async def Step(self, request: Any, context: _Context) -> None:  # noqa: N802
         """One training step."""
-        async with self._call(context, "step"):
-            header = await self._header(context, "step", pb.StepRequest)
-            tokens, body = self._sizes(header, per_token=LABEL_BYTES)
+        async with self._call(context, "step") as trace:
+            header = await self._header(context, trace)
+            body = self._sizes(header, per_token=LABEL_BYTES)
             async with self._pool.admit(body):
                 buffer = await self._receive(context, "step", body)
-                arrived = time.monotonic()
-                reply, gradient = await self._pool.run(
-                    lambda: self._compute_step(header, buffer, tokens, arrived)
-                )
+                reply, gradient = await self._pool.run(lambda: compute_step(self._llm, header, buffer))
                 await self._send(context, "step", pb.StepReply(header=reply))
                 for chunk in codec.chunks([gradient], self._chunk_bytes):
                     await self._send(context, "step", pb.StepReply(chunk=chunk))
-            self._count("step", header)
+            self._count(trace, header)
 
     async def Generate(self, request: Any, context: _Context) -> None:  # noqa: N802
         """Greedy answers, one reply per token."""
-        async with self._call(context, "generate"):
-            header = await self._header(context, "generate", pb.GenerateRequest)
-            _, body = self._sizes(header, new_tokens=header.max_new_tokens)
+        async with self._call(context, "generate") as trace:
+            header = await self._header(context, trace)
+            body = self._sizes(header, new_tokens=header.max_new_tokens)
             packed = header.embeds
             async with self._pool.admit(body):
                 buffer = await self._receive(context, "generate", body)
-                state = await self._pool.run(lambda: self._begin(header, buffer))
+                state = await self._pool.run(lambda: begin_generation(self._llm, header, buffer))
                 await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
                 size = len(packed.lengths) * packed.hidden_size * codec.itemsize(packed.dtype)
                 while not state.done:
@@ -141,55 +138,19 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
                         embeds = numbers.view(len(packed.lengths), packed.hidden_size)
                     await self._pool.run(lambda e=embeds: state.advance(e))  # type: ignore[misc]
                     await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
-            self._count("generate", header)
+            self._count(trace, header)
 
-    def _compute_step(
-        self, header: pb.StepHeader, buffer: codec.Assembler, tokens: int, arrived: float
-    ) -> tuple[pb.StepResult, memoryview]:
-        """Losses and gradient of one request; runs on a worker."""
-        started = time.monotonic()
-        x, mask = self._unpack(header.embeds, buffer)
-        size = tokens * LABEL_BYTES
-        numbers = codec.decode_labels(buffer.take(size, offset=len(buffer) - size))
-        labels = torch.full(mask.shape, IGNORE)
-        labels[mask] = numbers
-        with torch.set_grad_enabled(header.want_gradient):
-            losses = self._llm.loss(x.requires_grad_(header.want_gradient), mask, labels, header.objective)
-        result, data = pb.StepResult(waited_s=started - arrived), memoryview(b"")
-        if header.want_gradient:
-            (gradient,) = torch.autograd.grad(losses.sum(), x)
-            dtype = codec.wire_dtype(header.embeds.dtype)
-            packed, data = codec.pack(gradient[mask], dtype, header.embeds.lengths)
-            result.gradient.CopyFrom(packed)
-        result.losses.extend(losses.tolist())
-        result.computed_s = time.monotonic() - started
-        return result, data
-
-    def _begin(self, header: pb.GenerateHeader, buffer: codec.Assembler) -> Generation:
-        x, mask = self._unpack(header.embeds, buffer)
-        return Generation(self._llm, x, mask, header.max_new_tokens)
-
-    def _unpack(self, packed: pb.Packed, buffer: codec.Assembler) -> tuple[Tensor, Tensor]:
-        """Embeddings ``(B, L, d)``, zeros as padding, and mask ``(B, L)`` of a received request."""
-        dtype = codec.wire_dtype(packed.dtype)
-        nbytes = sum(packed.lengths) * packed.hidden_size * dtype.itemsize
-        rows = codec.decode(buffer.take(nbytes), dtype, packed.scale).view(-1, packed.hidden_size)
-        mask = codec.pad(packed.lengths)
-        if bool(mask.all()):
-            return rows.view(*mask.shape, -1), mask
-        x = rows.new_zeros(*mask.shape, packed.hidden_size)
-        x[mask] = rows
-        return x, mask
-
-    def _sizes(self, header: Any, *, per_token: int = 0, new_tokens: int = 0) -> tuple[int, int]:
-        """Tokens and tensor bytes that a header announces, after all checks that need no tensor.
+    def _sizes(
+        self, header: pb.StepHeader | pb.GenerateHeader, *, per_token: int = 0, new_tokens: int = 0
+    ) -> int:
+        """Tensor bytes that a header announces, after all checks that need no tensor.
 
         Raises:
             HostRefused: out of bounds.
         """
         part, packed = self._llm.part, header.embeds
         if header.fingerprint and header.fingerprint != part.fingerprint:
-            raise _OtherModel(
+            raise _OtherModelError(
                 f"this host serves model {part.fingerprint[:12]}, the client expects {header.fingerprint[:12]}; "
                 "start both with the same model, or connect anew"
             )
@@ -198,8 +159,7 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         itemsize = codec.itemsize(packed.dtype)
         if not (math.isfinite(packed.scale) and packed.scale > 0):
             raise HostRefused(f"scale: got {packed.scale}, expected a positive finite number")
-        tokens = sum(packed.lengths)
-        nbytes = tokens * (packed.hidden_size * itemsize + per_token)
+        nbytes = sum(packed.lengths) * (packed.hidden_size * itemsize + per_token)
         self._limits.check(packed.lengths, nbytes, new_tokens)
         longest = max(packed.lengths)
         if longest + new_tokens > part.max_positions:
@@ -208,12 +168,13 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
             raise HostRefused(
                 f"sample {i} has {longest} tokens{extra}; the model has {part.max_positions} positions: shorten it"
             )
-        return tokens, nbytes
+        return nbytes
 
-    async def _header(self, context: _Context, call: str, kind: Any) -> Any:
-        message = await self._next(context, call)
+    async def _header(self, context: _Context, trace: _Trace) -> Any:
+        message = await self._next(context, trace.call)
         if message is None or message.WhichOneof("frame") != "header":
-            raise HostRefused(f"{call}: got no header, expected it as the first message")
+            raise HostRefused(f"{trace.call}: got no header, expected it as the first message")
+        trace.request = message.header.request_id[:64]
         return message.header
 
     async def _receive(self, context: _Context, call: str, nbytes: int) -> codec.Assembler:
@@ -240,49 +201,69 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         return message
 
     async def _send(self, context: _Context, call: str, message: Any) -> None:
-        await context.write(message)
+        async with asyncio.timeout(self._limits.idle_seconds):
+            await context.write(message)
         self._stats.add(f"{call}_sent_bytes", message.ByteSize())
 
-    def _count(self, call: str, header: Any) -> None:
-        self._stats.add(f"{call}_done")
-        self._stats.add(f"{call}_samples", len(header.embeds.lengths))
-        self._stats.add(f"{call}_tokens", sum(header.embeds.lengths))
+    def _count(self, trace: _Trace, header: Any) -> None:
+        samples, tokens = len(header.embeds.lengths), sum(header.embeds.lengths)
+        self._stats.add(f"{trace.call}_done")
+        self._stats.add(f"{trace.call}_samples", samples)
+        self._stats.add(f"{trace.call}_tokens", tokens)
+        log.debug("%s: %d samples, %d tokens, %.3f s", trace, samples, tokens, time.monotonic() - trace.began)
 
     @asynccontextmanager
-    async def _call(self, context: _Context, call: str) -> AsyncIterator[None]:
+    async def _call(self, context: _Context, call: str) -> AsyncIterator[_Trace]:
         """Check the token, and turn whatever goes wrong into a status."""
         self._stats.add(f"{call}_requests")
+        trace, status = _Trace(call, context.peer()), grpc.StatusCode
         try:
             if self._verifier is not None:
                 metadata = dict(context.invocation_metadata() or ())
                 token = parse_bearer(metadata.get("authorization"))
                 self._verifier.verify(token, method=call, peer=context.peer())
-            yield
+            yield trace
         except asyncio.CancelledError:
             self._stats.add("cancelled")
             raise
         except TokenRefusedError as error:
-            await self._abort(context, grpc.StatusCode.UNAUTHENTICATED, "auth", str(error))
-        except _OtherModel as error:
-            await self._abort(context, grpc.StatusCode.FAILED_PRECONDITION, "model", str(error))
+            await self._abort(context, trace, status.UNAUTHENTICATED, "auth", str(error))
+        except _OtherModelError as error:
+            await self._abort(context, trace, status.FAILED_PRECONDITION, "model", str(error))
         except (HostRefused, ConfigError) as error:
-            await self._abort(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid", str(error))
+            await self._abort(context, trace, status.INVALID_ARGUMENT, "invalid", str(error))
         except (BusyError, MemoryError, torch.OutOfMemoryError) as error:
             await self._abort(
-                context, grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", str(error) or "out of memory"
+                context, trace, status.RESOURCE_EXHAUSTED, "busy", str(error) or "out of memory"
             )
         except TimeoutError:
-            waited = f"nothing came from the client for {self._limits.idle_seconds:g} s"
-            await self._abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, "idle", waited)
+            text = f"the client neither sent nor took anything for {self._limits.idle_seconds:g} s"
+            await self._abort(context, trace, status.DEADLINE_EXCEEDED, "idle", text)
         except Exception:
-            log.exception("%s failed", call)
-            await self._abort(context, grpc.StatusCode.INTERNAL, "internal", "the host failed; see its log")
+            log.exception("%s failed", trace)
+            await self._abort(context, trace, status.INTERNAL, "internal", "the host failed; see its log")
 
-    async def _abort(self, context: _Context, code: grpc.StatusCode, reason: str, text: str) -> NoReturn:
+    async def _abort(
+        self, context: _Context, trace: _Trace, code: grpc.StatusCode, reason: str, text: str
+    ) -> NoReturn:
         self._stats.add(f"refused_{reason}")
+        log.info("%s refused (%s): %s", trace, reason, text)
         await context.abort(code, text, ((REASON_KEY, reason),))
         raise AssertionError("unreachable")
 
 
-class _OtherModel(HostRefused):
+@dataclass
+class _Trace:
+    """Names one call in the log."""
+
+    call: str
+    peer: str
+    request: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"{self.call} {self.request!r} of {self.peer}"
+
+
+class _OtherModelError(HostRefused):
     """The client expects another model."""

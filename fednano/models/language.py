@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ TokenEmbedding: TypeAlias = Callable[[Tensor], Tensor]
 """Maps token ids ``(B,)`` int64 to input embeddings ``(B, d)``."""
 
 
-@runtime_checkable
 class LanguageModel(Protocol):
     """A frozen language model that turns embeddings into losses or answers. Samples never interact."""
 

@@ -171,7 +171,7 @@ def test_a_child_that_fails_to_start_is_told_with_its_reason() -> None:
 
 def test_the_command_of_a_host() -> None:
     assert host_command("tiny", "--workers", "2")[1:] == [
-        *("-m", "fednano.host", "--model", "tiny", "--listen", "127.0.0.1:0", "--workers", "2")
+        *("-P", "-m", "fednano.host", "--model", "tiny", "--listen", "127.0.0.1:0", "--workers", "2")
     ]
 
 

@@ -169,9 +169,7 @@ def test_wire_counts_are_the_arithmetic(local: LocalLLM, chunk: int, dtype: torc
                 want_gradient=True,
             )
         )
-        result = pb.StepReply(
-            header=pb.StepResult(losses=[1.0] * 3, gradient=packed, waited_s=1, computed_s=1)
-        )
+        result = pb.StepReply(header=pb.StepResult(losses=[1.0] * 3, gradient=packed))
         wire = remote.wire
         assert wire.step.sent_bytes == header.ByteSize() + framed(n * D * size, chunk) + framed(n * 4, chunk)
         assert wire.step.received_bytes == result.ByteSize() + framed(n * D * size, chunk)
@@ -261,7 +259,8 @@ def test_a_pickled_client_is_a_new_connection(local: LocalLLM, host: RunningHost
 def test_description(local: LocalLLM, host: RunningHost) -> None:
     with connect(host) as remote:
         info = remote.describe()
-        assert isinstance(remote, LanguageModel)
+        interface: LanguageModel = remote
+        assert interface.hidden_size == D
         assert (remote.hidden_size, remote.vocab_size, remote.max_positions) == (D, V, 64)
         assert (info.fingerprint, info.dtype) == ("tiny-0", "float32")
         assert (info.eos_token_ids, info.pad_token_id) == ((2, 3), 0)

@@ -263,7 +263,8 @@ def test_bfloat16_model_takes_float32_embeddings() -> None:
 
 def test_it_is_a_language_model() -> None:
     llm = LocalLLM(part_of(MODELS["llama"]))
-    assert isinstance(llm, LanguageModel)
+    interface: LanguageModel = llm
+    assert interface.hidden_size == D
     assert (llm.hidden_size, llm.vocab_size, llm.max_positions) == (D, V, POSITIONS)
 
 

@@ -119,16 +119,12 @@ class StepReply(_message.Message):
     def __init__(self, header: _Optional[_Union[StepResult, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("losses", "gradient", "waited_s", "computed_s")
+    __slots__ = ("losses", "gradient")
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
-    WAITED_S_FIELD_NUMBER: _ClassVar[int]
-    COMPUTED_S_FIELD_NUMBER: _ClassVar[int]
     losses: _containers.RepeatedScalarFieldContainer[float]
     gradient: Packed
-    waited_s: float
-    computed_s: float
-    def __init__(self, losses: _Optional[_Iterable[float]] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ..., waited_s: _Optional[float] = ..., computed_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, losses: _Optional[_Iterable[float]] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("header", "chunk")
