@@ -58,14 +58,15 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
         high: largest value, finite, not below ``low``.
         count: wanted number of steps.
     """
-    if high <= low:
-        pad = abs(low) / 10 or 0.5
+    if high - low <= 1e-9 * max(abs(low), abs(high)) or high - low < 1e-30:  # nothing to tell apart
+        pad = abs(low) / 10 if abs(low) > 1e-30 else 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    digits = max(0, 2 - math.floor(math.log10(step)))
+    return [round(number * step, digits) for number in range(first, last + 1)]
 
 
 def line_chart(

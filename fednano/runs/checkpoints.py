@@ -27,7 +27,7 @@ from fednano.runs.atomic import disk_advice, finite, read_json, sync_folder, wri
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TENSORS", "Checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
+__all__ = ["TENSORS", "Checkpoint", "list_checkpoints", "load_checkpoint", "pack", "save_checkpoint"]
 
 TENSORS = "adapter.safetensors"
 _STATE = "state.json"
@@ -78,11 +78,9 @@ def save_checkpoint(
         RunError: ``state`` is no JSON, an argument is out of range, or the disk is full. Earlier rounds are
             intact then.
     """
-    from safetensors.torch import save
-
     if number < 0 or keep_last < 1:
         raise RunError(f"A checkpoint needs round >= 0 and keep_last >= 1; got {number} and {keep_last}.")
-    payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    payload = pack(tensors)
     body = {
         "format": _FORMAT,
         "round": number,
@@ -125,6 +123,21 @@ def save_checkpoint(
     shutil.rmtree(retired, ignore_errors=True)
     _prune(folder, keep_last)
     return target
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file.
+
+    Args:
+        tensors: name -> tensor, of any shape, on any device; they may share memory.
+    """
+    from safetensors.torch import save
+
+    # clones, because safetensors refuses tensors that share memory
+    content: bytes = save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    )
+    return content
 
 
 def load_checkpoint(folder: Path, number: int | None = None) -> Checkpoint:

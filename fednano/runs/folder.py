@@ -245,9 +245,7 @@ class RunFolder:
         """
         import hashlib
 
-        from safetensors.torch import save
-
-        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        payload = _checkpoints.pack(tensors)
         path = self.file(_checkpoints.TENSORS)
         write_bytes(path, payload)
         self.write_json("adapter.json", {**info, "sha256": hashlib.sha256(payload).hexdigest()})

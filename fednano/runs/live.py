@@ -177,6 +177,8 @@ class LiveView:
             if self._status:
                 rows.append(self._clients())
             rows.append(self._figures())
+            if self._bytes:
+                rows.append(self._wire())
             return Group(*rows)
 
     def seconds_left(self) -> float | None:
@@ -245,13 +247,17 @@ class LiveView:
             if self._zero_shot is not None and self._phase != "zero_shot":
                 text += f" (zero-shot {format_percent(self._zero_shot)})"
             parts.append(text)
+        return Text("   ".join(parts) or "waiting for the first numbers", style="" if parts else "dim")
+
+    def _wire(self) -> Text:
+        parts: list[str] = []
         for plane in ("adapter", "activation"):
             up, down = (self._bytes.get(f"{plane}_{way}", 0) for way in ("up", "down"))
             if up or down:
                 name = "adapters" if plane == "adapter" else "activations"
                 parts.append(f"{name} {format_bytes(up)} up, {format_bytes(down)} down")
         parts += [f"{key} {format_bytes(n)}" for key, n in self._bytes.items() if key not in PLANES]
-        return Text("   ".join(parts) or "waiting for the first numbers", style="" if parts else "dim")
+        return Text.assemble(("wire    ", "dim"), "   ".join(parts))
 
     def _spark(self, values: Sequence[float]) -> str:
         return sparkline(values) if self._unicode() and len(values) > 1 else ""
