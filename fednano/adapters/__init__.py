@@ -6,9 +6,17 @@
     layer = AdapterLayer(adapter, Site("bridge.image", "bridge", 64, 64), seed=0)
     y = layer(x)                      # x (..., 64): x + path(x)
     layer.travelling()                # the leaves that a client sends
+
+    adapters = attach(model, create("lora", rank=16), "model.layers.*.self_attn.{q,v}_proj", seed=0)
+    adapters.travelling()
+    adapters.detach()
 """
 
+from fednano.adapters.adapter_set import AdapterSet, Plan, plan, wire_leaves
+from fednano.adapters.attach import attach, group_sites, select, sites_of
+from fednano.adapters.checkpoint import attach_checkpoint, load_checkpoint, read_checkpoint, save_checkpoint
 from fednano.adapters.convlora import ConvLoRA
+from fednano.adapters.dense import Dense
 from fednano.adapters.lamda import LaMDA
 from fednano.adapters.layer import AdapterLayer, fingerprint_of
 from fednano.adapters.loca import LoCA
@@ -17,6 +25,7 @@ from fednano.adapters.method import Method
 from fednano.adapters.mos import MoS
 from fednano.adapters.nano import NanoAdapter
 from fednano.adapters.nola import NOLA
+from fednano.adapters.peft_io import export_merged, export_peft, import_peft
 from fednano.adapters.protocol import Adapter, Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.randlora import RandLoRA
 from fednano.adapters.registry import create, names, options
@@ -24,6 +33,7 @@ from fednano.adapters.salt import SALT
 from fednano.adapters.scratch import LOST, SLTrain
 from fednano.adapters.snella import SNELLA
 from fednano.adapters.sparse import SHiRA
+from fednano.adapters.stats import combine_gradients, gradients_of, probe
 from fednano.adapters.tlora import TLoRA
 from fednano.adapters.wara import WaRA
 from fednano.adapters.xs import LoLDU, LoRASB, LoRAXS, SVFit
@@ -36,9 +46,11 @@ __all__ = [
     "SNELLA",
     "Adapter",
     "AdapterLayer",
+    "AdapterSet",
     "Algebra",
     "Basis",
     "ConvLoRA",
+    "Dense",
     "Init",
     "LaMDA",
     "Leaf",
@@ -50,6 +62,7 @@ __all__ = [
     "Method",
     "MoS",
     "NanoAdapter",
+    "Plan",
     "RandLoRA",
     "SHiRA",
     "SLTrain",
@@ -58,8 +71,24 @@ __all__ = [
     "TLoRA",
     "Tensors",
     "WaRA",
+    "attach",
+    "attach_checkpoint",
+    "combine_gradients",
     "create",
+    "export_merged",
+    "export_peft",
     "fingerprint_of",
+    "gradients_of",
+    "group_sites",
+    "import_peft",
+    "load_checkpoint",
     "names",
     "options",
+    "plan",
+    "probe",
+    "read_checkpoint",
+    "save_checkpoint",
+    "select",
+    "sites_of",
+    "wire_leaves",
 ]

@@ -143,7 +143,9 @@ class AdapterLayer(nn.Module):
             delattr(self, f"basis_{name}")
         for name in self._derived_names:
             delattr(self, f"derived_{name}")
-        derived = self.adapter.derive(self.site, basis)
+        # Contiguous: a shipped copy is, and other strides would mean other last bits of the same product.
+        basis = {name: value.contiguous() for name, value in basis.items()}
+        derived = {name: value.contiguous() for name, value in self.adapter.derive(self.site, basis).items()}
         self._basis_names, self._derived_names = sorted(basis), sorted(derived)
         keep = self.adapter.basis in (Basis.WEIGHT, Basis.STATS)
         for name in self._basis_names:
@@ -230,16 +232,21 @@ class AdapterLayer(nn.Module):
                 f"adapter {self.adapter.spec}"
             )
         for name, value in leaves.items():
-            if tuple(value.shape) != shared[name].shape:
-                raise ModelError(
-                    f"site {self.site.name!r}, leaf {name!r}: got shape {tuple(value.shape)}; expected "
-                    f"{shared[name].shape}. "
-                    "The leaves belong to another model or rank"
-                )
-            _require_finite(f"site {self.site.name!r}, leaf {name!r}", value)
+            self.check_leaf(name, value)
         with torch.no_grad():
             for name, value in leaves.items():
                 self.theta[name].copy_(value)
+
+    def check_leaf(self, name: str, value: Tensor) -> None:
+        """Raise ModelError unless ``value`` has the leaf's shape and finite floating-point numbers."""
+        expected = self.leaves()[name].shape
+        where = f"site {self.site.name!r}, leaf {name!r}"
+        if tuple(value.shape) != expected or not value.is_floating_point():
+            raise ModelError(
+                f"{where}: got shape {tuple(value.shape)}, {value.dtype}; expected {expected}, floating point. "
+                "The leaves belong to another model or rank"
+            )
+        _require_finite(where, value)
 
     def parameter_count(self) -> int:
         """Number of trainable numbers, shared and personal, from metadata."""
@@ -404,7 +411,14 @@ class AdapterLayer(nn.Module):
         device = next(iter(self.theta.values())).device
         self.adapter = adapter
         self._set_basis({name: value.detach() for name, value in basis.items()})
-        self.theta = nn.ParameterDict({name: nn.Parameter(value.detach()) for name, value in theta.items()})
+        old, leaves = dict(self.theta.items()), self.leaves()
+        self.theta = nn.ParameterDict()
+        for name, value in theta.items():
+            kept = old.get(name)
+            if leaves[name].scope == "group" and kept is not None and kept.shape == value.shape:
+                self.theta[name] = kept  # other sites of the group own the same object
+            else:
+                self.theta[name] = nn.Parameter(value.detach())
         self._move(device)
 
     def release(self) -> nn.Module | None:

@@ -52,6 +52,7 @@ def _tlora(r: int, big: int, parts: int) -> Count:
 
 
 CASES = [
+    Case("dense", lambda site: site.d_in * site.d_out),
     Case("nano", _lora(4), {"rank": 4}),
     Case("nano", _lora(4), {"rank": 4, "act": "gelu", "scale": 0.5}),
     Case("lora", _lora(4), {"rank": 4}),
