@@ -1,0 +1,108 @@
+"""Write the tables of README and docs from the committed results, so that no number there is typed by hand.
+
+A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced by the table of that name. ``--check`` only says
+whether every block is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from results import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "architecture.md")
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _overall(document: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = next(row for row in document["rows"] if row["seed"] == "all")
+    return row
+
+
+def main_job(document: dict[str, Any]) -> str:
+    """Accuracy by seed, and the mean."""
+    titles = {
+        "zero_shot": "Before tuning",
+        "local_only": "Each client alone (mean)",
+        "federated": "**Federated, FedAvg** (default)",
+        "fisher": "Federated, Fisher merging",
+        "centralised": "All data in one place",
+    }
+    seeds = [row for row in document["rows"] if row["seed"] != "all"]
+    overall = _overall(document)
+    head = "| Accuracy on the full test set, % | " + " | ".join(f"seed {row['seed']}" for row in seeds) + " | mean |"
+    lines = [head, "|---|" + "---:|" * (len(seeds) + 1)]
+    for name, title in titles.items():
+        cells = [_percent(row[name]) for row in seeds] + [_percent(overall[name]["mean"])]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def wire(document: dict[str, Any]) -> str:
+    """What crosses the wire, of the first seed."""
+    row = document["rows"][0]
+    sizes, parameters = row["bytes"], row["parameters"]
+    lines = [
+        "| What | Size |",
+        "|---|---:|",
+        f"| Parameters: whole model / on a client / trained | {parameters['model']:,} / {parameters['edge']:,} / "
+        f"{parameters['trainable']:,} |",
+        f"| Adapter update, client to server, a round | {sizes['adapter_up_per_client_round'] / 1e3:.1f} kB |",
+        f"| Adapters, server to client, a round | {sizes['adapter_down_per_client_round'] / 1e3:.1f} kB |",
+        f"| Activations, client to host, a sample and step | {sizes['activation_up_per_sample_step'] / 1e3:.1f} kB |",
+        f"| Gradients, host to client, a sample and step | {sizes['activation_down_per_sample_step'] / 1e3:.1f} kB |",
+        f"| Activations and gradients over adapters, whole run | "
+        f"{sizes['activation_total'] / sizes['adapter_total']:.0f} × |",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "main-job": ("main_job", main_job),
+    "wire": ("main_job", wire),
+}
+
+
+def rendered(text: str) -> str:
+    """``text`` with every block written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        source, write = TABLES[match["name"]]
+        body = write(read_results(ROOT / "benchmarks" / "results" / f"{source}.json"))
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return _BLOCK.sub(table, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is not current")
+    options = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = rendered(before)
+        if before != after:
+            stale.append(page.name)
+            if not options.check:
+                page.write_text(after)
+    if options.check and stale:
+        print(f"not current: {', '.join(stale)}. Run: python benchmarks/tables.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The same app, three ways, on real processes: `flwr run`, `fednano simulate`, SuperLink and SuperNodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Sandbox, free_port
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.network, pytest.mark.timeout(420)]
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "clients": 2,
+    "rounds": 2,
+    "samples": 64,
+    "alpha": 5.0,
+    "evaluate-samples": 40,
+    "final-samples": 80,
+    "rank": 4,
+    "rule": "fisher",
+    "fisher-samples": 16,
+}
+
+
+def as_run_config(**settings: Any) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def as_options(**settings: Any) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def only_run(folder: Path) -> Path:
+    runs = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    assert len(runs) == 1, runs
+    return runs[0]
+
+
+def check(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    assert summary["rounds"] == 2 and summary["clients"] == 2
+    assert (path / "report.html").stat().st_size > 10_000
+    assert summary["bytes"]["activation_up_per_sample_step"] > 0
+    return summary
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The adapter of the same run in one process: what every other way must reproduce to the bit."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("reference"))
+    options = [*as_options(**SMALL), "--runs-dir", str(sandbox.folder / "ref")]
+    sandbox.run("fednano", "simulate", "--backend", "inprocess", *options)
+    yield only_run(sandbox.folder / "ref")
+    sandbox.close()
+
+
+def assert_same_adapter(path: Path, reference: Path) -> None:
+    ours, theirs = (load_file(p / "adapter.safetensors") for p in (path, reference))
+    assert set(ours) == set(theirs)
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_ray_simulation_gives_the_same_bits_and_leaves_no_process(sandbox: Any, reference: Path) -> None:
+    done = sandbox.run(
+        "fednano", "simulate", "--json", *as_options(**SMALL), "--runs-dir", str(sandbox.folder / "ray")
+    )
+    path = only_run(sandbox.folder / "ray")
+    assert json.loads(done.stdout) == check(path)
+    assert_same_adapter(path, reference)
+    time.sleep(2)
+    assert not sandbox.leftovers()
+
+
+def test_flower_simulation_command(sandbox: Any, reference: Path) -> None:
+    settings = {key: value for key, value in SMALL.items() if key != "clients"}
+    sandbox.run(
+        "flower-simulation",
+        "--app",
+        str(ROOT),
+        "--num-supernodes",
+        "2",
+        "--run-config",
+        as_run_config(**settings, **{"runs-dir": str(sandbox.folder / "old")}),
+    )
+    path = only_run(sandbox.folder / "old")
+    check(path)
+    assert_same_adapter(path, reference)
+
+
+def test_flwr_run_on_a_local_superlink(sandbox: Any, reference: Path) -> None:
+    done = sandbox.run(
+        "flwr",
+        "run",
+        str(ROOT),
+        "--stream",
+        "--federation-config",
+        "num-supernodes=2 client-resources-num-cpus=1",
+        "--run-config",
+        as_run_config(**SMALL, **{"runs-dir": str(sandbox.folder / "flwr-runs")}),
+    )
+    assert "evaluation (Federated, round 2)" in done.stdout + done.stderr
+    path = only_run(sandbox.folder / "flwr-runs")
+    check(path)
+    assert_same_adapter(path, reference)
+
+
+def test_superlink_and_two_supernodes(sandbox: Any, reference: Path) -> None:
+    port = free_port()
+    sandbox.start(
+        "flower-superlink",
+        "--insecure",
+        "--disable-runtime-dependency-installation",
+        "--port",
+        str(port),
+        name="superlink",
+    )
+    for number in range(2):
+        sandbox.start(
+            "flower-supernode",
+            "--insecure",
+            "--superlink",
+            f"127.0.0.1:{port}",
+            "--port",
+            str(free_port()),
+            "--node-config",
+            f"partition-id={number} num-partitions=2",
+            name=f"supernode-{number}",
+        )
+    (sandbox.folder / "flwr" / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    settings = SMALL | {"runs-dir": str(sandbox.folder / "deployed")}
+    sandbox.run(
+        "flwr", "run", str(ROOT), "here", "--stream", "--run-config", as_run_config(**settings), timeout=300
+    )
+    path = only_run(sandbox.folder / "deployed")
+    check(path)
+    assert_same_adapter(path, reference)
+
+
+def test_ctrl_c_ends_cleanly(
+    sandbox: Any, wait_for: Callable[[Callable[[], bool], float, str], None]
+) -> None:
+    settings = SMALL | {"rounds": 200}
+    process = sandbox.start(
+        "fednano", "simulate", *as_options(**settings), "--runs-dir", str(sandbox.folder / "runs"), name="run"
+    )
+    log = sandbox.folder / "run.log"
+    wait_for(lambda: "round 2/200 merged" in log.read_text(), 180, "two rounds")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "interrupted by Ctrl-C" in log.read_text() and "--resume" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert (only_run(sandbox.folder / "runs") / "checkpoints" / "round-0002").is_dir()
+    wait_for(lambda: not sandbox.leftovers(), 20, "the processes to end")
+
+
+def test_a_host_that_dies_ends_the_run_with_its_checkpoint(
+    sandbox: Any, wait_for: Callable[[Callable[[], bool], float, str], None]
+) -> None:
+    settings = SMALL | {"rounds": 200, "host-retry": 2.0}
+    process = sandbox.start(
+        "fednano", "simulate", *as_options(**settings), "--runs-dir", str(sandbox.folder / "runs"), name="run"
+    )
+    log = sandbox.folder / "run.log"
+    wait_for(lambda: "round 2/200 merged" in log.read_text(), 180, "two rounds")
+    hosts = subprocess.run(
+        ["pgrep", "-f", "fednano[.]host"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ours = [int(pid) for pid in hosts if int(pid) in sandbox.leftovers()]
+    assert len(ours) == 1
+    os.kill(ours[0], signal.SIGKILL)
+    assert process.wait(120) == 3
+    text = log.read_text()
+    assert "host" in text and "--resume" in text and "Traceback" not in text
+    assert (only_run(sandbox.folder / "runs") / "checkpoints" / "round-0002").is_dir()
+    wait_for(lambda: not sandbox.leftovers(), 20, "the processes to end")
