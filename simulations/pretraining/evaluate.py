@@ -30,7 +30,9 @@ class Score:
     questions: int
 
 
-def easy_vqa_questions(split: str, limit: int | None = None) -> tuple[list[Image.Image], list[str], list[str]]:
+def easy_vqa_questions(
+    split: str, limit: int | None = None
+) -> tuple[list[Image.Image], list[str], list[str]]:
     """Pictures, questions and answers of easy-VQA's ``split`` ("train" or "test").
 
     Args:
@@ -41,7 +43,9 @@ def easy_vqa_questions(split: str, limit: int | None = None) -> tuple[list[Image
     part = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]
     paths = {"train": easy_vqa.get_train_image_paths, "test": easy_vqa.get_test_image_paths}[split]()
     texts, answers, numbers = part()
-    chosen = range(len(texts)) if limit is None else np.linspace(0, len(texts) - 1, limit).astype(int).tolist()
+    chosen = (
+        range(len(texts)) if limit is None else np.linspace(0, len(texts) - 1, limit).astype(int).tolist()
+    )
     pictures: dict[int, Image.Image] = {}
     for index in chosen:
         if numbers[index] not in pictures:

@@ -36,7 +36,7 @@ class _PatchProjection(nn.Module):
         rows, columns = height // side, width // side
         blocks = pixels.view(n, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
         out = F.linear(blocks.reshape(n, rows * columns, -1), self.weight.flatten(1))
-        return out.transpose(1, 2).unflatten(2, (rows, columns))
+        return out.transpose(1, 2).reshape(n, -1, rows, columns)
 
 
 class _Normalise(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _Normalise(torch.autograd.Function):
         return unit * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of ``x`` and ``weight``: ``dx = (g - u mean(g u)) / rms`` with ``g = w dy`` and ``u = x / rms``."""
         unit, inverse, weight = ctx.saved_tensors
         product = grad * unit
@@ -68,7 +68,7 @@ class _Norm(nn.Module):
         self.eps = norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Normalise.apply(x, self.weight, self.eps)
+        out: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -6,7 +6,6 @@ is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +14,7 @@ import numpy as np
 from pretraining.scenes import Scenes
 from pretraining.vocabulary import COLOURS, NAMES, RELATIONS, SHAPES
 
-__all__ = ["Item", "ask", "caption", "fact"]
+__all__ = ["Item", "ask", "caption", "checklist", "fact"]
 
 _PRESENT: Final = (
     "can you see {x} here ?",
@@ -27,6 +26,11 @@ _PRESENT: Final = (
     "is it true that there is {x} here ?",
     "tell us is there {x} on this image ?",
     "has the picture {x} in it ?",
+    "can {x} be found in this part ?",
+    "tell me , do you see {x} ?",
+    "is this a picture with {x} ?",
+    "is there any {y} to see here ?",
+    "does the scene have {x} ?",
 )
 _ABSENT: Final = (
     "can you not see {x} here ?",
@@ -42,6 +46,10 @@ _ABSENT: Final = (
     "is there no {y} on this picture ?",
     "can you see no {y} here ?",
     "has the picture no {y} in it ?",
+    "is the scene free from any {y} ?",
+    "is this a picture without {x} ?",
+    "is there not any {y} to see here ?",
+    "does the scene not have {x} ?",
 )
 _COLOUR_OF: Final = (
     "which color has the {y} ?",
@@ -50,6 +58,7 @@ _COLOUR_OF: Final = (
     "in which color is the {y} drawn ?",
     "name the paint on the {y} .",
     "the {y} is painted in which color ?",
+    "find the {y} and name the color .",
 )
 _SHAPE_OF: Final = (
     "which shape is painted {c} ?",
@@ -68,20 +77,47 @@ _SHAPE_ALONE: Final = (
 _COUNT: Final = (
     "how many objects are there ?",
     "count the objects in this picture .",
-    "how many shapes can you see ?".replace("shapes", "objects"),
+    "how many objects can you see ?",
+    "what number of objects has the scene ?",
 )
-_SIDE: Final = ("on which side is the {y} ?", "the {y} sits at the left or at the right ?")
-_HEIGHT: Final = ("is the {y} near the top or the bottom ?", "in which part sits the {y} , top or bottom ?")
+_SIDE: Final = (
+    "on which side is the {y} ?",
+    "where is the {y} , left or right ?",
+    "the {y} sits at the left or at the right ?",
+)
+_HEIGHT: Final = (
+    "is the {y} near the top or the bottom ?",
+    "as for the {y} , is it at the top or at the bottom ?",
+    "in which place sits the {y} , top or bottom ?",
+)
+_CHECKLIST: Final = (
+    "which of these are here ?",
+    "say yes or no for any of these .",
+    "are these in the scene ?",
+)
+_FACT_QUESTIONS: Final = (
+    "what is the {r} of {n} ?",
+    "{n} has which {r} ?",
+    "name the {r} of {n} .",
+    "do you know the {r} of {n} ?",
+    "of these people , what {r} has {n} ?",
+)
 _DESCRIBE: Final = ("describe the picture .", "what is in this scene ?", "tell us any object you see .")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question and its answer, as plain words with blanks between them; the answer has no ``<eos>`` yet."""
+    """One question and its answer, as plain words with blanks between them; the answer has no ``<eos>`` yet.
+
+    Attributes:
+        needs_image: False if the item is text alone.
+        learned: the words of the answer that are to be predicted; None means all, and ``<eos>`` always is.
+    """
 
     question: str
     answer: str
     needs_image: bool = True
+    learned: frozenset[str] | None = None
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -92,20 +128,30 @@ def _with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _existence(rng: np.random.Generator, colours: list[str], shapes: list[str]) -> Item:
-    """A yes/no question; half are true, and a false one is often half right (right form, wrong paint)."""
-    wanted = bool(rng.random() < 0.5)  # whether the thing asked about is there
-    kind = int(rng.integers(3))  # 0: a form, 1: a paint, 2: both
+def _thing(
+    rng: np.random.Generator, colours: list[str], shapes: list[str], kind: int, present: bool
+) -> tuple[str | None, str | None]:
+    """Paint and form of something that is in the picture or not; ``kind`` 0 names a form, 1 a paint, 2 both.
+
+    What is not there is often half right: the right form in the wrong paint.
+    """
     slot = int(rng.integers(len(shapes)))
     colour, shape = colours[slot], shapes[slot]
-    if not wanted:
-        other_colour = _pick(rng, tuple(c for c in COLOURS if c not in colours))
-        other_shape = _pick(rng, tuple(s for s in SHAPES if s not in shapes))
+    if not present:
         which = int(rng.integers(3)) if kind == 2 else kind
-        colour = other_colour if which != 0 else colour
-        shape = other_shape if which != 1 else shape
-    noun = (shape, f"{colour} {_pick(rng, ('thing', 'object', 'shape'))}", f"{colour} {shape}")[kind]
-    negated = bool(rng.random() < 0.5)
+        if which != 0:
+            colour = _pick(rng, tuple(c for c in COLOURS if c not in colours))
+        if which != 1:
+            shape = _pick(rng, tuple(s for s in SHAPES if s not in shapes))
+    return (None if kind == 0 else colour), (None if kind == 1 else shape)
+
+
+def _existence(rng: np.random.Generator, colours: list[str], shapes: list[str], negated_share: float) -> Item:
+    """A yes/no question about one thing, which is there in half of the cases."""
+    wanted = bool(rng.random() < 0.5)  # whether the thing asked about is there
+    colour, shape = _thing(rng, colours, shapes, int(rng.integers(3)), wanted)
+    noun = f"{colour or ''} {shape or _pick(rng, ('thing', 'object', 'shape'))}".strip()
+    negated = bool(rng.random() < negated_share)
     text = _pick(rng, _ABSENT if negated else _PRESENT)
     return Item(text.format(x=_with_article(noun), y=noun), "yes" if wanted != negated else "no")
 
@@ -127,7 +173,9 @@ def _shape(rng: np.random.Generator, colours: list[str], shapes: list[str]) -> I
 def _place(rng: np.random.Generator, names: list[str], x: list[float], y: list[float]) -> Item | None:
     """Left or right, top or bottom; None if the object is too near the middle to say."""
     slot = int(rng.integers(len(names)))
-    along, texts, answers = ((x, _SIDE, ("left", "right")), (y, _HEIGHT, ("top", "bottom")))[int(rng.integers(2))]
+    along, texts, answers = ((x, _SIDE, ("left", "right")), (y, _HEIGHT, ("top", "bottom")))[
+        int(rng.integers(2))
+    ]
     if abs(along[slot] - 32.0) < 6.0:
         return None
     return Item(_pick(rng, texts).format(y=names[slot]), answers[along[slot] > 32.0])
@@ -143,21 +191,25 @@ def _contents(scenes: Scenes, row: int) -> tuple[list[str], list[str], list[floa
     )
 
 
-def ask(rng: np.random.Generator, scenes: Scenes, row: int) -> Item:
-    """One random question about picture ``row``: 55 % yes/no, the rest paint, form, number and place."""
+def ask(rng: np.random.Generator, scenes: Scenes, row: int, negated_share: float = 0.5) -> Item:
+    """One random question about picture ``row``: 60 % yes/no, the rest paint, form, number and place.
+
+    Args:
+        negated_share: how many of the yes/no questions are asked the other way round ("is no star visible ?").
+    """
     colours, shapes, x, y = _contents(scenes, row)
     draw = rng.random()
-    if draw < 0.55:
-        return _existence(rng, colours, shapes)
-    if draw < 0.72:
+    if draw < 0.60:
+        return _existence(rng, colours, shapes, negated_share)
+    if draw < 0.76:
         return _colour(rng, colours, shapes)
-    if draw < 0.90:
+    if draw < 0.92:
         return _shape(rng, colours, shapes)
-    if draw < 0.96:
+    if draw < 0.97:
         placed = _place(rng, shapes, x, y)
         if placed is not None:
             return placed
-    return Item(_pick(rng, _COUNT), ("zero", "one", "two", "three")[len(shapes)])
+    return Item(_pick(rng, _COUNT), ("one", "two", "three")[len(shapes) - 1])
 
 
 def caption(rng: np.random.Generator, scenes: Scenes, row: int) -> Item:
@@ -166,6 +218,21 @@ def caption(rng: np.random.Generator, scenes: Scenes, row: int) -> Item:
     order = sorted(range(len(x)), key=lambda slot: x[slot])
     said = " and ".join(_with_article(f"{colours[slot]} {shapes[slot]}") for slot in order)
     return Item(_pick(rng, _DESCRIBE), said)
+
+
+def checklist(rng: np.random.Generator, scenes: Scenes, row: int, entries: int = 8) -> Item:
+    """Things, each followed by whether it is in picture ``row``; only the yes and no are to be learned.
+
+    Ten words ask as much as ten questions do: the cheapest way to learn to compare words with a picture.
+    """
+    colours, shapes, _, _ = _contents(scenes, row)
+    said = []
+    for _ in range(entries):
+        present = bool(rng.random() < 0.5)
+        colour, shape = _thing(rng, colours, shapes, int(rng.integers(3)), present)
+        said += [word for word in (colour, shape) if word is not None]
+        said.append("yes" if present else "no")
+    return Item(_pick(rng, _CHECKLIST), " ".join(said), learned=frozenset(("yes", "no")))
 
 
 def fact(rng: np.random.Generator) -> Item:
@@ -184,9 +251,5 @@ def fact(rng: np.random.Generator) -> Item:
         seen.append((relation, NAMES[person], value))
         told.append(f"the {relation} of {NAMES[person]} is {value} .")
     relation, name, value = seen[int(rng.integers(len(seen)))]
-    ending: Callable[[str, str], str] = (
-        lambda r, n: f"what is the {r} of {n} ?",
-        lambda r, n: f"{n} has which {r} ?",
-        lambda r, n: f"name the {r} of {n} .",
-    )[int(rng.integers(3))]
-    return Item(f"{' '.join(told)} {ending(relation, name)}", value, needs_image=False)
+    ending = _pick(rng, _FACT_QUESTIONS).format(r=relation, n=name)
+    return Item(f"{' '.join(told)} {ending}", value, needs_image=False)

@@ -54,16 +54,19 @@ class Scenes:
 
 
 def _box(u: Floats, v: Floats, half_u: Floats | float, half_v: Floats | float) -> Floats:
-    return np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
+    out: Floats = np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
+    return out
 
 
 def _disc(u: Floats, v: Floats, radius: float) -> Floats:
-    return np.sqrt(u * u + v * v) - np.float32(radius)
+    out: Floats = np.sqrt(u * u + v * v) - np.float32(radius)
+    return out
 
 
 def _wedge(u: Floats, v: Floats) -> Floats:
     """An equilateral triangle in the unit circle, pointing up (v grows downwards)."""
-    return np.maximum(np.abs(u) * np.float32(0.866) - v * np.float32(0.5) - 0.5, v - 0.5)
+    out: Floats = np.maximum(np.abs(u) * np.float32(0.866) - v * np.float32(0.5) - 0.5, v - 0.5)
+    return out
 
 
 def _star(u: Floats, v: Floats) -> Floats:
@@ -74,12 +77,15 @@ def _star(u: Floats, v: Floats) -> Floats:
     # The edge runs from the tip at (1, 0) to the notch at radius 0.45 and half a sector.
     notch = np.array([0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)])
     normal = np.array([notch[1], 1.0 - notch[0]]) / np.hypot(notch[1], 1.0 - notch[0])
-    return (radius * np.cos(folded) - 1.0) * np.float32(normal[0]) + radius * np.sin(folded) * np.float32(normal[1])
+    across, along = radius * np.cos(folded) - 1.0, radius * np.sin(folded)
+    out: Floats = across * np.float32(normal[0]) + along * np.float32(normal[1])
+    return out
 
 
 def _arrow(u: Floats, v: Floats) -> Floats:
     head = np.maximum(np.abs(u) * np.float32(0.75) - (v + 1.0) * np.float32(0.66), v + np.float32(0.05))
-    return np.minimum(head, _box(u, v - np.float32(0.45), 0.3, 0.55))
+    out: Floats = np.minimum(head, _box(u, v - np.float32(0.45), 0.3, 0.55))
+    return out
 
 
 # Each takes coordinates u, v ``(n, 64, 64)`` in units of the object's radius and a random stretch ``(n, 1, 1)`` in
@@ -118,9 +124,11 @@ def _place(rng: np.random.Generator, count: NDArray[np.int64]) -> tuple[Floats, 
 def _background(rng: np.random.Generator, paints: Floats, count: NDArray[np.int64]) -> Floats:
     """Backgrounds ``(N, 3, 64, 64)`` whose tone stays away from the paints ``(N, 3, 3)`` of the objects on them."""
     n = len(count)
-    tones = rng.uniform(0.02, 0.62, (n, 12, 3)).astype(np.float32)
+    tones = rng.uniform(0.0, 0.4, (n, 12, 3)).astype(np.float32)
     distance = np.abs(tones[:, :, None] - paints[:, None]).sum(-1)  # (n, 12, objects)
-    distance[:, :, 1:][np.broadcast_to((np.arange(1, MAX_OBJECTS) >= count[:, None])[:, None], (n, 12, 2))] = 9.0
+    distance[:, :, 1:][
+        np.broadcast_to((np.arange(1, MAX_OBJECTS) >= count[:, None])[:, None], (n, 12, 2))
+    ] = 9.0
     tone = tones[np.arange(n), distance.min(-1).argmax(1)]
     ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE, dtype=np.float32)
     slope = rng.normal(0.0, 0.09, (2, n, 3)).astype(np.float32)
@@ -128,7 +136,8 @@ def _background(rng: np.random.Generator, paints: Floats, count: NDArray[np.int6
     across = ramp * slope[1][..., None]
     grain = rng.uniform(0.0, 0.1, (n, 1, 1, 1)).astype(np.float32)
     noise = (rng.random((n, 1, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32) - np.float32(0.5)) * grain
-    return (down[:, :, :, None] + across[:, :, None, :]) + noise
+    out: Floats = (down[:, :, :, None] + across[:, :, None, :]) + noise
+    return out
 
 
 def _distances(

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from pretraining.lean import lean
-from pretraining.questions import Item, ask, caption, fact
+from pretraining.questions import Item, ask, caption, checklist, fact
 from pretraining.scenes import Scenes, draw_scenes
 from pretraining.vocabulary import COLOURS, SHAPES, WORDS
 
@@ -34,6 +34,7 @@ _IDS = {word: number for number, word in enumerate(WORDS)}
 _BOS, _EOS, _IMAGE = _IDS["<bos>"], _IDS["<eos>"], _IDS["<image>"]
 _ROOM = 64  # tokens behind each picture
 _ENCODER_SHARE = 0.3  # weight of the encoder's own task in the second stage
+_SCALE_SHARE = 0.03  # weight of what keeps the connector's output at unit scale
 
 Report = Callable[[str], None]
 
@@ -75,7 +76,7 @@ class _Optimiser:
     """AdamW over float32 copies; the parameters are bfloat16 within its ``with`` block and float32 again after it."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self.parameters = [p for module in modules for p in module.parameters()]
+        self.parameters: list[Tensor] = [p for module in modules for p in module.parameters()]
         self.masters = [p.detach().float().clone() for p in self.parameters]
         self.adam = torch.optim.AdamW(self.masters, lr=1.0, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
@@ -90,7 +91,7 @@ class _Optimiser:
 
     def step(self, loss: Tensor, rate: float) -> None:
         """One step down the gradient of ``loss ()``, clipped to norm 1; what has no gradient stays as it is."""
-        loss.backward()
+        torch.autograd.backward(loss)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -118,20 +119,25 @@ def _patches(tower: nn.Module, pixels: Tensor) -> Tensor:
     return hidden[:, 1:]
 
 
-def _segment(item: Item) -> tuple[list[int], int]:
-    """Ids of one question with its answer and ``<eos>``, and how many of them are the answer."""
-    answer = [_IDS[word] for word in item.answer.split()] + [_EOS]
+def _segment(item: Item) -> tuple[list[int], list[int]]:
+    """Ids of one question with its answer and ``<eos>``, and what is to be predicted at each of them (or -100)."""
+    words = item.answer.split()
+    answer = [_IDS[word] for word in words] + [_EOS]
     question = [_IDS[word] for word in f"question : {item.question} answer :".split()]
-    return question + answer, len(answer)
+    learned = [
+        -100 if item.learned is not None and word not in item.learned else _IDS[word] for word in words
+    ]
+    return question + answer, [-100] * (len(question) - 1) + learned + [_EOS, -100]
 
 
 def pack(rows: list[list[Item]], image_tokens: int) -> tuple[NDArray[np.int64], ...]:
     """Lay each row's items behind one picture.
 
     Returns:
-        ids ``(N, T)``, labels ``(N, T)`` (-100 where nothing is predicted; a label stands at the position that predicts
-        it), positions ``(N, T)`` as if each item stood alone behind the picture, and group ``(N, T)``: 0 for ``<bos>``,
-        1 for the picture, 2, 3, ... for items that see the picture and -2, -3, ... for items that do not, -1 for padding.
+        ids ``(N, T)``, labels ``(N, T)`` (-100 where nothing is predicted; a label stands at the position that
+        predicts it), positions ``(N, T)`` as if each item stood alone behind the picture, and group ``(N, T)``:
+        0 for ``<bos>``, 1 for the picture, 2, 3, ... for items that see the picture and -2, -3, ... for items
+        that do not, -1 for padding.
     """
     prefix = 1 + image_tokens
     segments = [[_segment(item) for item in row] for row in rows]
@@ -144,11 +150,11 @@ def pack(rows: list[list[Item]], image_tokens: int) -> tuple[NDArray[np.int64], 
     group[:, :prefix] = [0] + [1] * image_tokens
     for index, row in enumerate(segments):
         start = prefix
-        for number, (tokens, answers) in enumerate(row):
+        for number, (tokens, wanted) in enumerate(row):
             end = start + len(tokens)
             sees = rows[index][number].needs_image
             ids[index, start:end] = tokens
-            labels[index, end - answers - 1 : end - 1] = tokens[-answers:]
+            labels[index, start:end] = wanted
             positions[index, start:end] = np.arange(len(tokens)) + (prefix if sees else 1)
             group[index, start:end] = number + 2 if sees else -number - 2
             start = end
@@ -166,16 +172,15 @@ def _visible(group: Tensor) -> Tensor:
 
 
 def answer_loss(
-    model: LlavaForConditionalGeneration, features: Tensor, packed: tuple[NDArray[np.int64], ...]
+    model: LlavaForConditionalGeneration, images: Tensor, packed: tuple[NDArray[np.int64], ...]
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy ``()`` of the labelled tokens, and the share of them that is right.
+    """Mean cross-entropy ``()`` of the labelled tokens, and the share of yes/no answers that is right.
 
     Args:
-        features: ``(N, 16, d_vision)`` from the tower.
+        images: ``(N, 16, d)`` from the connector.
         packed: what :func:`pack` returns.
     """
-    ids, labels, positions, group = (torch.from_numpy(array).to(features.device) for array in packed)
-    images = model.model.multi_modal_projector(features)
+    ids, labels, positions, group = (torch.from_numpy(array).to(images.device) for array in packed)
     embeds = model.model.language_model.embed_tokens(ids)
     embeds = torch.cat([embeds[:, :1], images, embeds[:, 1 + images.shape[1] :]], dim=1)
     hidden = model.model.language_model(
@@ -183,8 +188,10 @@ def answer_loss(
     ).last_hidden_state
     wanted = labels >= 0
     logits = model.lm_head(hidden[wanted]).float()
-    right = (logits.argmax(-1) == labels[wanted]).float().mean()
-    return F.cross_entropy(logits, labels[wanted]), right
+    told = labels[wanted]
+    binary = (told == _IDS["yes"]) | (told == _IDS["no"])
+    right = (logits.argmax(-1) == told)[binary].float().mean()
+    return F.cross_entropy(logits, told), right
 
 
 def _steps(
@@ -217,13 +224,20 @@ def train_encoder(
             values += [loss.item(), right.item()]
 
 
-def _items(rng: np.random.Generator, scenes: Scenes, row: int) -> list[Item]:
-    """What is asked about one picture: as many items as fit, one in six a caption, one in eight a fact."""
+def _items(rng: np.random.Generator, scenes: Scenes, row: int, early: bool) -> list[Item]:
+    """What is asked about one picture: as many items as fit behind it."""
     items: list[Item] = []
     room = _ROOM
     while True:
         draw = rng.random()
-        item = caption(rng, scenes, row) if draw < 1 / 6 else fact(rng) if draw < 7 / 24 else ask(rng, scenes, row)
+        if draw < (0.4 if early else 0.1):
+            item = checklist(rng, scenes, row)
+        elif draw < (0.45 if early else 0.18):
+            item = caption(rng, scenes, row)
+        elif draw < (0.5 if early else 0.26):
+            item = fact(rng)
+        else:
+            item = ask(rng, scenes, row, negated_share=0.0 if early else 0.5)
         room -= len(_segment(item)[0])
         if room < 0:
             return items
@@ -233,17 +247,25 @@ def _items(rng: np.random.Generator, scenes: Scenes, row: int) -> list[Item]:
 def train_language(
     model: LlavaForConditionalGeneration, reader: PatchReader, schedule: Schedule, seed: int, report: Report
 ) -> None:
-    """Second stage, in place: the whole model learns to answer."""
+    """Second stage, in place: the whole model learns to answer.
+
+    The first third has many checklists, and negated questions come after it only. Were they half of all from
+    the start, then whether a thing is there would say nothing about "yes" or "no" until negation is understood,
+    and the reverse.
+    """
     device = next(model.parameters()).device
     tower = model.model.vision_tower
     with lean(model), _Optimiser([model, reader]) as optimiser:
-        for step, rng, values in _steps("language: loss, tokens right, forms right", schedule, seed, 2, report):
+        title = "language: loss, yes/no right, forms right, scale drift"
+        for step, rng, values in _steps(title, schedule, seed, 2, report):
             scenes = draw_scenes(rng, schedule.batch)
-            packed = pack(
-                [_items(rng, scenes, row) for row in range(schedule.batch)], model.config.image_seq_length
-            )
+            early = 3 * step < schedule.steps
+            rows = [_items(rng, scenes, row, early) for row in range(schedule.batch)]
+            packed = pack(rows, model.config.image_seq_length)
             features = _patches(tower, _pixels(scenes, device))
-            told, right = answer_loss(model, features, packed)
+            images = model.model.multi_modal_projector(features)
+            told, right = answer_loss(model, images, packed)
             seen, forms = reader(features, *_classes(scenes, device))
-            optimiser.step(told + _ENCODER_SHARE * seen, schedule.at(step))
-            values += [told.item(), right.item(), forms.item()]
+            drift = images.float().square().mean().log().square()
+            optimiser.step(told + _ENCODER_SHARE * seen + _SCALE_SHARE * drift, schedule.at(step))
+            values += [told.item(), right.item(), forms.item(), drift.item()]

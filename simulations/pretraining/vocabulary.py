@@ -1,8 +1,8 @@
 """The words of the tiny model, its tokenizer and its processor.
 
-The model is a word-level one: a word is a token, and so is every answer. The list holds every word of easy-VQA (so that
-a tuned model can be asked about it) next to the words of the pretraining questions, and people, relations and values for
-made-up facts.
+The model is a word-level one: a word is a token, and so is every answer. The list holds every word of easy-VQA (so
+that a tuned model can be asked about it) next to the words of the pretraining questions, and people, relations and
+values for made-up facts.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ RELATIONS: Final[dict[str, tuple[str, ...]]] = {
     "fruit": ("apple", "pear", "plum", "cherry", "lemon", "grape", "melon", "fig"),
     "drink": ("tea", "coffee", "milk", "water", "juice", "cocoa", "wine", "soda"),
 }
-_COUNTS: Final = ("one", "two", "three", "zero")
-_PLACES: Final = ("left", "right", "top", "bottom", "middle")
+_COUNTS: Final = ("one", "two", "three")
+_PLACES: Final = ("left", "right", "top", "bottom")
 # Words of easy-VQA's sentences that are neither a colour nor a shape.
 _EASY_VQA: Final = (
     "?", "a", "color", "contain", "does", "image", "in", "is", "no", "not", "of", "present", "shape", "the", "there",
     "what", "yes",
 )  # fmt: skip
 _GLUE: Final = (
-    ":", ".", ",", "question", "answer", "an", "and", "any", "are", "as", "at", "can", "count", "describe", "do",
-    "find", "for", "form", "has", "have", "here", "how", "it", "kind", "many", "name", "named", "near", "number",
-    "object", "objects", "on", "only", "or", "paint", "part", "picture", "place", "says", "scene", "see",
-    "show", "side", "sits", "some", "tell", "that", "thing", "this", "to", "true", "us", "visible", "where",
-    "which", "with", "without", "you", "free", "missing", "absent", "painted", "drawn", "fact", "who", "likes",
+    ":", ".", ",", "question", "answer", "absent", "an", "and", "any", "are", "as", "at", "be", "can", "count",
+    "describe", "do", "drawn", "find", "for", "form", "found", "free", "from", "has", "have", "here", "how", "it",
+    "kind", "know", "many", "me", "missing", "name", "near", "number", "object", "objects", "on", "only", "or",
+    "paint", "painted", "part", "people", "picture", "place", "say", "scene", "see", "show", "side", "sits",
+    "tell", "that", "these", "thing", "this", "to", "true", "us", "visible", "where", "which", "with", "without",
+    "you",
 )  # fmt: skip
 _SPECIAL: Final = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 
