@@ -46,7 +46,8 @@ def load_easy_vqa(split: str = "train") -> Dataset:
     advice = "Reinstall it: pip install --force-reinstall easy-vqa==1.0"
     try:
         rows = json.loads(questions.read_text(encoding="utf-8"))
-        present = {entry.name for entry in (root / "images").iterdir()}
+        # one path for each image, shared by its questions
+        images = {entry.name: entry for entry in (root / "images").iterdir()}
     except (OSError, ValueError) as error:
         raise DataError(f"The installed package easy-vqa is damaged: {error}. {advice}") from error
     samples = []
@@ -56,7 +57,7 @@ def load_easy_vqa(split: str = "train") -> Dataset:
             and len(row) == 3
             and isinstance(row[0], str)
             and isinstance(row[1], str)
-            and f"{row[2]}.png" in present
+            and f"{row[2]}.png" in images
         ):
             raise DataError(
                 f"The installed package easy-vqa is damaged: row {number} of {questions} is {row!r}, "
@@ -67,7 +68,7 @@ def load_easy_vqa(split: str = "train") -> Dataset:
         samples.append(
             Sample(
                 id=f"easy-vqa/{split}/{number:05d}",
-                image=root / "images" / f"{image}.png",
+                image=images[f"{image}.png"],
                 question=question,
                 answer=answer,
             )

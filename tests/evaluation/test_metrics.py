@@ -8,7 +8,7 @@ import statistics
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.errors import DataError
@@ -43,6 +43,7 @@ def test_normalise(text: str, expected: str) -> None:
     assert normalise(text) == expected
 
 
+@settings(max_examples=50, deadline=None)
 @given(TEXT)
 def test_normalise_is_idempotent_and_ignores_case_and_space(text: str) -> None:
     once = normalise(text)
@@ -52,6 +53,7 @@ def test_normalise_is_idempotent_and_ignores_case_and_space(text: str) -> None:
     assert exact_match(text, once)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.from_regex(r"[a-z]{3,8}( [a-z]{3,8}){0,2}", fullmatch=True))
 def test_case_and_final_punctuation_do_not_count(text: str) -> None:
     assert exact_match(text.upper() + ".", text)
@@ -86,6 +88,7 @@ def test_vqa_accuracy_of_ten_answers_as_published() -> None:
     assert got == pytest.approx([0, 0.3, 0.6, 0.9, 1.0])
 
 
+@settings(max_examples=50, deadline=None)
 @given(TEXT, TEXT)
 def test_vqa_accuracy_with_one_answer_is_exact_match(said: str, right: str) -> None:
     assert vqa_accuracy(said, [right]) == float(exact_match(said, right))
@@ -108,6 +111,7 @@ def f1_by_hand(said: list[str], right: list[str]) -> float:
     return 0.0 if common == 0 else 2 * precision * recall / (precision + recall)
 
 
+@settings(max_examples=50, deadline=None)
 @given(WORDS, WORDS)
 def test_token_f1(said: str, right: str) -> None:
     value = token_f1(said, right)
@@ -132,6 +136,7 @@ def test_scores() -> None:
     assert several.vqa == pytest.approx(0.9 / 2)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=20))
 def test_scores_are_means(pairs: list[tuple[str, str]]) -> None:
     said, right = [a for a, _ in pairs], [b for _, b in pairs]
@@ -158,6 +163,7 @@ CLIENTS = st.dictionaries(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(CLIENTS, st.booleans())
 def test_across_clients(table: dict[str, tuple[float, float]], higher: bool) -> None:
     values = {k: v for k, (v, _) in table.items()}

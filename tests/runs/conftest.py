@@ -43,7 +43,7 @@ class Miniature:
         )
         self.labels = list(train.label_names)
         self.words = sorted({word for sample in train for word in sample.question.rstrip("?").split()})
-        self.train = {k: train.subset(part[: samples * 2]) for k, part in enumerate(self.parts)}
+        self.train = {k: train.subset(part[: samples + 80]) for k, part in enumerate(self.parts)}
         self.test = held.subset(range(0, len(held), len(held) // test))[:test]
         self.size = len(self.words) * 7 + 1
         self.head = self.rng.normal(size=(WIDTH, len(self.labels))).astype(np.float32) / 7
@@ -113,7 +113,7 @@ def look(sample: Sample) -> Array:
 
 
 def make_run(
-    root: Path, *, clients: int = 5, rounds: int = 8, samples: int = 300, test: int = 600, seed: int = 0
+    root: Path, *, clients: int = 5, rounds: int = 8, samples: int = 200, test: int = 400, seed: int = 0
 ) -> RunFolder:
     """Train, and write everything through ``RunFolder``."""
     began = time.perf_counter()

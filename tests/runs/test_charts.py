@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.runs.charts import Series, bar, legend, line_chart, nice_ticks, stacked_bar
@@ -29,6 +29,7 @@ def dots(svg: ET.Element) -> list[tuple[float, float]]:
     return [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in circles]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.integers(2, 8))
 def test_ticks_are_round_and_cover(low: float, span: float, count: int) -> None:
     high = low + span
@@ -52,6 +53,7 @@ def test_ticks_of_shares() -> None:
     )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), NUMBER), min_size=1, max_size=12, unique_by=lambda p: p[0]))
 def test_points_stand_where_the_data_is(points: list[tuple[int, float]]) -> None:
     points = sorted(points)
@@ -161,6 +163,7 @@ def test_data_cannot_break_out() -> None:
         assert {e.tag for e in root.iter()} <= allowed
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=20), st.integers(1, 3))
 def test_stacked_parts_fill_their_share(values: list[int], spare: int) -> None:
     total = max(1, sum(values) * spare)
