@@ -89,13 +89,6 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _blocks(k: Key, plane: int, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The four words of counters ``(start..stop, plane, 0, 0)``, each ``(stop - start,)``."""
-    c0 = torch.arange(start, stop, dtype=torch.int64, device=device)
-    zero = torch.zeros_like(c0)
-    return philox4x32((c0, zero + plane, zero, zero), k)
-
-
 def words(
     k: Key, n: int, *, planes: int = 1, first: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
@@ -112,16 +105,18 @@ def words(
         ``(planes, n)`` int64 in [0, 2**32).
     """
     where = torch.device(device)
-    out = torch.empty(planes, n, dtype=torch.int64, device=where)
-    for start in range(0, n, _CHUNK):
-        stop = min(start + _CHUNK, n)
-        for group in range(first // 4, (first + planes + 3) // 4):
-            lanes = _blocks(k, group, start, stop, where)
-            for lane, word in enumerate(lanes):
-                plane = 4 * group + lane - first
-                if 0 <= plane < planes:
-                    out[plane, start:stop] = word
-    return out
+    start, stop = first // 4, (first + planes + 3) // 4  # groups of four planes share their counters
+    out = torch.empty(stop - start, 4, n, dtype=torch.int64, device=where)
+    width = min(n, _CHUNK)
+    height = max(1, _CHUNK // max(1, width))
+    for low in range(start, stop, height):
+        group = torch.arange(low, min(low + height, stop), dtype=torch.int64, device=where)[:, None]
+        for left in range(0, n, width):
+            element = torch.arange(left, min(left + width, n), dtype=torch.int64, device=where)[None, :]
+            zero = torch.zeros_like(element + group)
+            lanes = philox4x32((zero + element, zero + group, zero, zero), k)
+            out[low - start : low - start + len(group), :, left : left + width] = torch.stack(lanes, 1)
+    return out.view(4 * (stop - start), n)[first - 4 * start : first - 4 * start + planes]
 
 
 def _float32(value: float) -> float:
@@ -169,7 +164,9 @@ def normal(
     total = torch.empty(n, dtype=torch.int64, device=where)
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)
-        lanes = _blocks(k, 0, start, stop, where)
+        c0 = torch.arange(start, stop, dtype=torch.int64, device=where)
+        zero = torch.zeros_like(c0)
+        lanes = philox4x32((c0, zero, zero, zero), k)
         total[start:stop] = sum((word >> 16) + (word & 0xFFFF) for word in lanes)
     spread = math.sqrt(4 * 8 * (2.0**32 - 1) / 12)  # of twice the sum of eight 16-bit numbers
     return ((2 * total - 8 * 0xFFFF).to(torch.float32) * _float32(std / spread)).reshape(shape)

@@ -167,7 +167,8 @@ def test_leaves_of_another_rank_or_not_finite() -> None:
     layer = bridge()
     good = layer.travelling()
     with pytest.raises(
-        ModelError, match=r"leaf 'A': got shape \(6, 3\); expected \(6, 2\).*another model or rank"
+        ModelError,
+        match=r"leaf 'A': got shape \(6, 3\), torch.float32; expected \(6, 2\).*another model or rank",
     ):
         layer.load_travelling({**good, "A": torch.zeros(6, 3)})
     with pytest.raises(ModelError, match=r"got leaves \['A'\]; expected \['A', 'B'\]"):

@@ -119,7 +119,7 @@ def test_compiled_model_gives_the_same_gradients() -> None:
     model(x).square().sum().backward()
     plain = [value.grad.clone() for value in adapters.parameters()]
     model.zero_grad()
-    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    torch.compile(model, backend="eager", fullgraph=True)(x).square().sum().backward()
     for value, expected in zip(adapters.parameters(), plain, strict=True):
         torch.testing.assert_close(value.grad, expected)
 
