@@ -136,5 +136,7 @@ def read_tensors(files: ModelFiles, wanted: Callable[[str], bool]) -> dict[str, 
                 keys = [key for key in handle.keys() if wanted(key)]  # noqa: SIM118 - not a dict
                 tensors.update({key: handle.get_tensor(key) for key in keys})
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read as safetensors ({error}). Fetch the model again.") from error
+            raise ModelError(
+                f"{path} cannot be read as safetensors ({error}). Fetch the model again."
+            ) from error
     return tensors
