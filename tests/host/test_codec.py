@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.errors import HostRefused
@@ -27,6 +27,7 @@ def through(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return codec.decode(np.frombuffer(bytearray(data), np.uint8), dtype, scale).view(rows.shape)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 9), d=st.integers(1, 9), exponent=st.integers(-110, 110), seed=st.integers(0, 2**31))
 def test_a_tensor_comes_back_as_its_rounding(n: int, d: int, exponent: int, seed: int) -> None:
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
@@ -60,6 +61,7 @@ def test_bytes_are_little_endian() -> None:
     assert labels.dtype == torch.int64
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=3), size=st.integers(1, 17))
 def test_chunks_reassemble(sizes: list[int], size: int) -> None:
     parts = [memoryview(bytes(range(i, i + n))) for i, n in enumerate(sizes)]

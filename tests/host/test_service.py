@@ -344,3 +344,15 @@ def test_a_taken_port_is_told(local: LocalLLM, host: RunningHost) -> None:
         serve(local, listen=host.address),
     ):
         pass
+
+
+def test_no_thread_outlives_its_host_and_client(local: LocalLLM) -> None:
+    with serve(local):
+        pass  # gRPC starts a thread of its own with the first server, and keeps it
+    before = set(threading.enumerate())
+    with serve(local, workers=3) as host, RemoteLLM(host.address, insecure=True) as remote:
+        take_step(remote, make_batch([4, 5]))
+        embeds, mask, _ = make_batch([4, 5])
+        remote.generate(embeds, mask, 2, embed=lambda ids: torch.zeros(len(ids), D))
+        assert {thread.name for thread in set(threading.enumerate()) - before} > {"language-host-loop"}
+    wait_for(lambda: not set(threading.enumerate()) - before)

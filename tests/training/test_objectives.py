@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +39,7 @@ def closed_form(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("name", objective_names())
+@settings(deadline=None)
 @given(n=st.integers(1, 6), v=st.integers(2, 40), seed=st.integers(0, 2**31))
 def test_loss_and_gradient_equal_the_closed_form(name: str, n: int, v: int, seed: int) -> None:
     logits, labels = sample(n, v, seed)
@@ -61,6 +62,7 @@ def test_narrow_logits_are_computed_in_float32(name: str, dtype: torch.dtype) ->
     torch.testing.assert_close(got.double(), loss, rtol=2e-6, atol=2e-6)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 6), v=st.integers(2, 12), seed=st.integers(0, 2**31), spread=st.floats(0, 300))
 def test_inverted_hinge_is_bounded_and_fades_once_forgotten(n: int, v: int, seed: int, spread: float) -> None:
     logits, labels = sample(n, v, seed, spread)
