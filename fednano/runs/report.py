@@ -50,6 +50,7 @@ def report_html(data: ReportData) -> str:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     from fednano.runs import report_sections as sections
+    from fednano.runs.report_curves import curves
 
     templates = files("fednano.runs") / "templates"
     environment = Environment(
@@ -69,7 +70,7 @@ def report_html(data: ReportData) -> str:
         verdict=sections.verdict(data),
         tiles=sections.tiles(data),
         phases=sections.phase_rows(data.summary) if data.summary else [],
-        curves=sections.curves(data.metrics),
+        curves=curves(data.metrics),
         clients=_client_rows(data.metrics.clients),
         planes=sections.plane_rows(data.metrics),
         wire=sections.wire_sentences(data),

@@ -52,6 +52,7 @@ class Metrics:
         rounds: phase -> rounds that have a record.
         clients: the clients of the main phase, by name.
         refused: (phase, round, client, reason) of each refused update.
+        judged: phase -> test questions behind (a round's accuracy, the final accuracy), None where not told.
     """
 
     phases: list[str] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Metrics:
     rounds: dict[str, int] = field(default_factory=dict)
     clients: list[Client] = field(default_factory=list)
     refused: list[tuple[str, int, str, str]] = field(default_factory=list)
+    judged: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     @property
     def main(self) -> str | None:
@@ -100,6 +102,9 @@ def read_metrics(rows: list[dict[str, Any]]) -> Metrics:
             _keep(found.accuracy, phase, number, row.get("accuracy"))
             _keep(found.test_loss, phase, number, row.get("loss"))
             _keep(found.train_loss, phase, number, row.get("train_loss"))
+            if row.get("accuracy") is not None and isinstance(row.get("samples"), int):
+                each, whole = found.judged.get(phase, (None, None))
+                found.judged[phase] = (each, row["samples"]) if row.get("final") else (row["samples"], whole)
         elif row.get("refused") is not None:
             found.refused.append((phase, number, str(row["client"]), str(row["refused"])))
     for phase in found.phases:

@@ -174,7 +174,7 @@ def test_the_wire_sentence_follows_the_numbers(
     [
         (0.7, 0.931, "rose from 70.0 % to 93.1 %"),
         (0.7, 0.6, "fell from 70.0 %"),
-        (0.7, 0.7001, "stayed the same"),
+        (0.7, 0.7001, "stayed at 70.0 % in 10 rounds"),
     ],
 )
 def test_a_loss_is_called_a_loss(
@@ -336,6 +336,26 @@ def test_outcomes_of_predictions(tmp_path: Path) -> None:
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize(
+    ("each", "whole", "words"),
+    [
+        (1000, 9673, "each round on 1,000 test questions, the last one on all 9,673"),
+        (500, 500, "Exact matches on 500 test questions"),
+        (500, None, "Exact matches on 500 test questions"),
+        (None, None, "Share of exact matches on test questions"),
+    ],
+)
+def test_the_curve_says_what_it_was_judged_on(
+    each: int | None, whole: int | None, words: str, tmp_path: Path
+) -> None:
+    run = RunFolder.create(tmp_path, "x")
+    row = {"phase": "federated", "round": 1, "scope": "global", "accuracy": 0.5}
+    run.append_metrics(row | ({"samples": each} if each else {}))
+    if whole:
+        run.append_metrics(row | {"samples": whole, "final": True})
+    assert words in render(run)[1].text
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
