@@ -52,7 +52,8 @@ def normalise(text: str) -> str:
         else:
             kept += word.translate(_PUNCTUATION).split()
     words = [_NUMBERS.get(word, word) for word in kept]
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
+    # An answer that is punctuation and nothing else ("+", "?") is compared as it stands, or all such would be equal.
+    return " ".join([word for word in words if word not in _ARTICLES] or words or plain.split())
 
 
 def exact_match(prediction: str, answer: str) -> bool:
