@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fednano.data import Dataset, Sample
+from fednano.data import BadRow, Dataset, Sample
 from fednano.errors import ConfigError, DataError, FednanoError
 from fednano.evaluation import exact_match
 from fednano.federation.config import RunConfig, Scalar
@@ -129,6 +129,10 @@ class Worker:
         number, clients = int(node["partition-id"]), int(node["num-partitions"])
         return partition_samples(self.config, dataset, number, clients)
 
+    def bad_rows(self) -> list[BadRow]:
+        """Rows of this client's files that were left out, and why."""
+        return [row for dataset in self._datasets.values() for row in dataset.bad_rows]
+
     def _dataset(self, name: str) -> Dataset:
         if name not in self._datasets:
             self._datasets[name] = load_training_data(name)
@@ -196,7 +200,14 @@ def hello(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     }
     if "data" not in node:  # a real site's label counts are its own business
         facts["labels"] = json.dumps(Counter(sample.answer for sample in share.data.samples), sort_keys=True)
-    metrics: dict[str, float] = {"samples": len(share.data), "held-out": len(share.held_out)}
+    bad = worker.bad_rows()
+    if bad:
+        facts["bad-rows"] = "; ".join(str(row) for row in bad[:3])
+    metrics: dict[str, float] = {
+        "bad-rows": len(bad),
+        "samples": len(share.data),
+        "held-out": len(share.held_out),
+    }
     return Reply(name, instruction.round, metrics, facts)
 
 

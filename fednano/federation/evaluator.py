@@ -57,7 +57,10 @@ class Evaluator:
         self._edge = edge
         self._llm = llm
         self._features = FeatureCache(edge.edge, cache)
-        self._test = list(load_dataset(config.dataset, "test"))
+        dataset = load_dataset(config.dataset, "test")
+        self.bad_rows = list(dataset.bad_rows)
+        """Rows of the test file that were left out, and why."""
+        self._test = list(dataset)
         if not self._test:
             raise DataError(
                 f"the data set {config.dataset!r} has no test samples; the server judges by them."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,15 +131,19 @@ def _run(
             phases={ZERO_SHOT: 0, MAIN_PHASE: config.rounds},
         )
     )
+    # The host loads its model while this process loads the edge and the clients load theirs.
+    host = stack.enter_context(ExitStack())
+    starter = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="host-start"))
+    starting = starter.submit(host.enter_context, open_host(config, view, folder.path / "host.log"))
     edge = build_edge(config)
     check_combination(rule, algebra_of(edge))
-    ticket = stack.enter_context(open_host(config, view, folder.path / "host.log"))
-    llm = stack.enter_context(connect(config, ticket))
-    evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
     start = edge.travelling()
     spec = spec_of(edge, config)
     nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
-    clients = _introduce(grid, nodes, config, ticket, start, edge, stop)
+    clients = _introduce(grid, nodes, config, start, edge, stop)
+    ticket = starting.result()
+    llm = stack.enter_context(connect(config, ticket))
+    evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
     fed = Federation(
         grid=grid,
         nodes={name: client.node for name, client in clients.items()},
@@ -151,6 +156,7 @@ def _run(
         evaluator=evaluator,
         simulated=all(client.hello.facts.get("simulated") == "True" for client in clients.values()),
     )
+    _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
     zero_shot = _judge(fed, ZERO_SHOT, 0, start)
     resumed = _checkpoint(folder, start) if config.resume else PhaseResult(start)
@@ -209,7 +215,6 @@ def _introduce(
     grid: Grid,
     nodes: list[int],
     config: RunConfig,
-    ticket: HostTicket,
     start: Leaves,
     edge: NanoEdge,
     stop: Stop,
@@ -220,7 +225,7 @@ def _introduce(
         RunError: a client cannot take part, two share a name, or one holds another model.
     """
     asked = {
-        str(node): (node, Instruction(config, "hello", 0, ticket, False, {}, start).to_records())
+        str(node): (node, Instruction(config, "hello", 0, HostTicket(), False, {}, start).to_records())
         for node in nodes
     }
     clients: dict[str, _Client] = {}
@@ -248,6 +253,21 @@ def _introduce(
             )
         clients[reply.client] = _Client(int(delivery.client), reply)
     return dict(sorted(clients.items()))
+
+
+def _tell_bad_rows(fed: Federation, clients: Mapping[str, _Client]) -> None:
+    """Rows that were left out are told, never dropped in silence."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, client in clients.items():
+        if "bad-rows" in client.hello.facts:
+            found[client.hello.facts["bad-rows"]] = (int(client.hello.metrics["bad-rows"]), name)
+    if fed.evaluator.bad_rows:
+        shown = "; ".join(str(row) for row in fed.evaluator.bad_rows[:3])
+        found[shown] = (len(fed.evaluator.bad_rows), "the test set")
+    for shown, (count, where) in found.items():
+        text = f"{count} bad rows were left out ({where}): {shown}"
+        fed.view.message(text, "warning")
+        fed.folder.append_event("warning", text)
 
 
 def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str, _Client]) -> None:
