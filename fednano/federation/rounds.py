@@ -156,6 +156,8 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
                     state = rule.add(state, update)
                 except UpdateRefused as error:
                     reason = str(error)
+                    if getattr(error, "reason", "") == "norm":
+                        reason += ". Lower the learning rate, or raise max-abs."
             if reason is None:
                 losses.append((delivery.client, delivery.reply.metrics["loss"], update.weight))
             else:

@@ -209,7 +209,9 @@ def test_a_crashing_client_does_not_stop_the_run(run: Run, monkeypatch: pytest.M
 
 def test_nan_loss_ends_with_advice(run: Run) -> None:
     with pytest.raises(RunError, match=r"round 1.*TrainingDiverged.*Lower the learning rate"):
-        run(learning_rate=1e30)
+        run(learning_rate=1e38)
+    with pytest.raises(RunError, match=r"bound on absolute values is 100\. Lower the learning rate"):
+        run(learning_rate=1e10)
 
 
 def test_too_few_valid_updates_keep_the_adapters(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +293,13 @@ class TestBadInput:
         broken.write_bytes(b"not a picture")
         with pytest.raises(DataError, match=broken.name):
             run(dataset=str(copy), cache_dir=str(tmp_path / "cache"))
+
+    def test_bad_rows_are_told(self, run: Run, small_vqa: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "data"
+        shutil.copytree(small_vqa, copy)
+        for split in ("train", "test"):
+            with (copy / f"{split}.jsonl").open("a") as file:
+                file.write('{"image": "gone.png", "question": "what?", "answer": "red"}\n')
+        events = (run(dataset=str(copy)) / "events.jsonl").read_text()
+        assert events.count("gone.png") == 2
+        assert "train.jsonl:161" in events and "test.jsonl:25" in events
