@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-import torch
-
 from fednano.aggregation.mean import MeanRule, require_resolution
+from fednano.aggregation.reduce import sum_of_squares
 from fednano.aggregation.rule import Capability, State
 from fednano.aggregation.spec import Spec
 from fednano.aggregation.update import Leaves, Refusal, Update
@@ -56,8 +55,7 @@ class NormClip(MeanRule):
         state.admit(update)
         current, square = state.require_current(self.name), 0.0
         for name in state.sums["mean"].shapes:
-            change = (update.leaves[name].double() - current[name].double()).reshape(-1)
-            square += float(torch.dot(change, change))
+            square += sum_of_squares(update.leaves[name].double() - current[name].double())
         if not math.isfinite(square):
             raise Refusal("nonfinite", "the change holds NaN or infinity", update.client)
         factor = update.weight * min(1.0, self.bound / math.sqrt(square)) if square > 0.0 else update.weight

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.mean import MeanRule, require_resolution
+from fednano.aggregation.reduce import sum_of_squares
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
 from fednano.aggregation.spec import Spec
 from fednano.aggregation.update import Leaves, Refusal, Update
@@ -197,8 +198,7 @@ class QFedAvg(Rule):
         inverse = 1.0 / self.lr
         square = 0.0
         for name in state.sums["mean"].shapes:
-            change = (current[name].double() - update.leaves[name].double()).reshape(-1)
-            square += float(torch.dot(change, change))
+            square += sum_of_squares(current[name].double() - update.leaves[name].double())
         state.sums["mean"].add(update.leaves, factor)
         h = self.q * (loss + 1e-10) ** (self.q - 1.0) * inverse**2 * square + inverse * factor
         state.numbers["h"] += Fraction(h)

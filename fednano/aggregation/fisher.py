@@ -22,50 +22,43 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from fednano.aggregation.fixedpoint import FixedSum, Grid
+from fednano.aggregation.fixedpoint import FixedSum, Grid, add_weighted
 from fednano.aggregation.mean import require_resolution
+from fednano.aggregation.reduce import nonnegative_sum
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
 from fednano.aggregation.spec import Spec
 from fednano.aggregation.update import Leaves, Refusal, Update
 from fednano.errors import ConfigError
 
-__all__ = ["FisherMerge", "normalised_fisher"]
+__all__ = ["FisherMerge", "fisher_means"]
 
 
-def normalised_fisher(update: Update, normalise: str, floor: float, clip: float) -> Leaves:
-    """A client's Fisher after normalisation, floor and clip.
+def fisher_means(update: Update, normalise: str) -> dict[str, float]:
+    """What each leaf's Fisher is divided by.
 
     Args:
         update: with Fisher leaves of any shape, not negative.
         normalise: "leaf", "all" or "none".
-        floor: smallest value, positive; relative to the mean unless ``normalise`` is "none".
-        clip: largest value.
 
     Returns:
-        Name to tensor in the dtype of the Fisher, values in ``[floor, clip]``.
+        Name to mean; 0 for a leaf without any information, when normalised by leaf.
 
     Raises:
         Refusal: "fisher" when it is missing, negative, not finite, or zero throughout.
     """
     if update.fisher is None:
         raise Refusal("fisher", "no Fisher information was sent, and the rule needs it", update.client)
-    sums = {name: float(f.sum(dtype=torch.float64)) for name, f in update.fisher.items()}
-    sizes = {name: max(f.numel(), 1) for name, f in update.fisher.items()}
-    total, size = math.fsum(sums.values()), sum(sizes.values())
-    if not math.isfinite(total) or total <= 0.0:
-        raise Refusal(
-            "fisher", f"the Fisher sums to {total:.6g}, expected positive and finite", update.client
-        )
-    out: Leaves = {}
+    sums, sizes = {}, {}
     for name, fisher in update.fisher.items():
-        mean = {"leaf": sums[name] / sizes[name], "all": total / size, "none": 1.0}[normalise]
-        if fisher.numel() and float(fisher.min()) < 0.0:
-            raise Refusal("fisher", f"Fisher of {name} has negative values", update.client)
-        # A leaf without any information (its gradient is zero throughout) votes with the floor.
-        out[name] = (fisher / mean).clamp(floor, clip) if mean > 0.0 else torch.full_like(fisher, floor)
-    return out
+        sums[name], sizes[name] = nonnegative_sum(fisher), max(fisher.numel(), 1)
+        if math.isnan(sums[name]):
+            raise Refusal("fisher", f"Fisher of {name} is negative or not finite", update.client)
+    total, size = math.fsum(sums.values()), sum(sizes.values())
+    if total <= 0.0:
+        raise Refusal("fisher", "the Fisher is zero throughout", update.client)
+    if normalise == "leaf":
+        return {name: sums[name] / sizes[name] for name in sums}
+    return dict.fromkeys(sums, total / size if normalise == "all" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,8 @@ class FisherMerge(Rule):
         """See `Rule.init`."""
         state = super().init(spec, current=current, memory=memory, round=round)
         shapes = {name: spec.leaves[name].shape for name in self.travelling(spec, round)}
-        bound = spec.max_weight * self.clip
+        # The clamp rounds to the Fisher's dtype, so a term may pass the clip by that much.
+        bound = spec.max_weight * self.clip * 1.001
         state.sums["denominator"] = FixedSum(Grid.covering(bound, spec.max_clients), shapes)
         state.sums["numerator"] = FixedSum(Grid.covering(bound * spec.max_abs, spec.max_clients), shapes)
         return state
@@ -125,10 +119,16 @@ class FisherMerge(Rule):
         state.admit(update)
         numerator, denominator = state.sums["numerator"], state.sums["denominator"]
         require_resolution(numerator.grid, update.weight * self.floor, update.client)
-        fisher = normalised_fisher(update, self.normalise, self.floor, self.clip)
-        # The numerator may refuse a value out of bounds; the denominator cannot, its terms are clipped.
-        numerator.add_product(update.leaves, fisher, update.weight)
-        denominator.add(fisher, update.weight)
+        means = fisher_means(update, self.normalise)
+        factors, clamps = {}, {}
+        for name, mean in means.items():
+            # A leaf without any information (its gradient is zero throughout) votes with the floor.
+            scale = mean if mean > 0.0 else 1.0
+            factors[name], clamps[name] = update.weight / scale, (self.floor * scale, self.clip * scale)
+        assert update.fisher is not None
+        add_weighted(
+            numerator, denominator, update.leaves, update.fisher, factors, clamps, state.spec.max_abs
+        )
         state.count(update)
         return state
 
@@ -136,8 +136,5 @@ class FisherMerge(Rule):
         """See `Rule.finish`."""
         state.require_updates()
         numerator, denominator = state.sums["numerator"], state.sums["denominator"]
-        merged = {
-            name: (numerator.value(name) / denominator.value(name)).to(state.spec.leaves[name].dtype)
-            for name in numerator.shapes
-        }
+        merged = {n: numerator.ratio(n, denominator, state.spec.leaves[n].dtype) for n in numerator.shapes}
         return {**(state.current or {}), **merged}

@@ -27,8 +27,9 @@ sum(factors)`` plus one rounding to the leaf's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +39,11 @@ from torch import Tensor
 from fednano.aggregation.update import Refusal
 from fednano.errors import ConfigError
 
-__all__ = ["FixedSum", "Grid"]
+__all__ = ["FixedSum", "Grid", "add_weighted"]
 
-CHUNK = 32768  # elements; its float64 scratch stays in a core's second-level cache
+CHUNK = (
+    32768  # elements: the scratch stays in a core's second-level cache, and calls cost little beside the work
+)
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.float64(_MAGIC).view(np.uint64))
 _MAGIC_TENSOR = torch.tensor(_MAGIC, dtype=torch.float64)
@@ -90,10 +93,37 @@ class Grid:
         return math.ldexp(1.0, self.exponent + self.bits)
 
 
+def _zeros(size: int) -> U64:
+    """Zeros in pages of their own, which go back to the system when the array goes.
+
+    From the heap, an accumulator freed at the end of a round leaves holes that the next round's tensors may not fit.
+    """
+    return np.frombuffer(mmap.mmap(-1, max(8 * size, 8)), np.uint64, count=size)
+
+
+class _Scratch:
+    """A buffer of doubles, and its bit patterns."""
+
+    def __init__(self, size: int) -> None:
+        self.values = torch.empty(size, dtype=torch.float64)
+        self.ring: U64 = self.values.numpy().view(np.uint64)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A piece of one leaf: its place, and the accumulator's view of it."""
+
+    name: str
+    place: slice
+    ring: U64
+
+
 class FixedSum:
     """A running sum ``sum_k factor_k * x_k`` over named tensors, exact on its grid.
 
-    Memory: 8 bytes an element, whatever the number of terms.
+    Memory: 8 bytes an element, whatever the number of terms, and one buffer of `CHUNK` doubles. Successive
+        terms walk the
+    chunks in opposite directions, so that half of the accumulator is still in the cache when the next term starts.
 
     Args:
         grid: the shared exponent.
@@ -104,10 +134,13 @@ class FixedSum:
         self.grid = grid
         self.shapes = dict(shapes)
         self.count = 0
-        self._ring: dict[str, U64] = {k: np.zeros(math.prod(s), np.uint64) for k, s in self.shapes.items()}
-        size = min(CHUNK, max((r.size for r in self._ring.values()), default=0))
-        self._scratch = torch.empty(size, dtype=torch.float64)
-        self._other = torch.empty(0, dtype=torch.float64)
+        self._ring: dict[str, U64] = {k: _zeros(math.prod(s)) for k, s in self.shapes.items()}
+        self._chunks = [
+            _Chunk(name, slice(start, min(start + CHUNK, ring.size)), ring[start : start + CHUNK])
+            for name, ring in self._ring.items()
+            for start in range(0, ring.size, CHUNK)
+        ]
+        self._scratch = _Scratch(min(CHUNK, max((r.size for r in self._ring.values()), default=0)))
 
     def add(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Add ``factor * values``: all of it or, when refused, nothing of it.
@@ -117,81 +150,64 @@ class FixedSum:
             factor: finite.
 
         Raises:
-            Refusal: "capacity" after ``grid.clients`` terms; "nonfinite" or "norm" when a term exceeds the
-                grid's bound.
+            Refusal: "capacity" after ``grid.clients`` terms; "schema" when a tensor has another size; "nonfinite" or
+                "norm" when a term exceeds the grid's bound.
         """
-        self._transaction(values, factor, None)
+        self._room()
+        flat = self.flat(values)
+        limit = self.limit(factor)
+        scaled = math.ldexp(factor, -self.grid.exponent)
+        order = self.order()
+        for done, chunk in enumerate(order):
+            x = flat[chunk.name][chunk.place]
+            try:
+                check_chunk(x, limit)
+            except Refusal:
+                # Integers: taking off what was added restores the bits.
+                for undo in order[:done]:
+                    np.subtract(undo.ring, self._pattern(flat[undo.name][undo.place], scaled), out=undo.ring)
+                raise
+            np.add(chunk.ring, self._pattern(x, scaled), out=chunk.ring)
+        self.count += 1
 
     def remove(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Take off what `add` put in with the same arguments; the bits become what they were."""
-        for target, x, y in self._chunks(values, None):
-            np.subtract(target, self._quantise(x, y, factor), out=target)
+        flat, scaled = self.flat(values), math.ldexp(factor, -self.grid.exponent)
+        for chunk in self._chunks:
+            np.subtract(chunk.ring, self._pattern(flat[chunk.name][chunk.place], scaled), out=chunk.ring)
         self.count -= 1
 
-    def add_product(self, values: Mapping[str, Tensor], others: Mapping[str, Tensor], factor: float) -> None:
-        """Add ``factor * values * others``, elementwise; see `add`."""
-        self._transaction(values, factor, others)
+    def _pattern(self, x: Tensor, scaled: float) -> U64:
+        """Bit patterns ``bits(C) + round(scaled * x)`` of a chunk, in the scratch buffer."""
+        first = self._scratch.values[: x.numel()]
+        first.copy_(x)
+        torch.add(_MAGIC_TENSOR, first, alpha=scaled, out=first)
+        return self._scratch.ring[: x.numel()]
 
-    def _transaction(
-        self, values: Mapping[str, Tensor], factor: float, others: Mapping[str, Tensor] | None
-    ) -> None:
+    def _room(self) -> None:
         if self.count >= self.grid.clients:
             raise Refusal(
                 "capacity", f"the accumulators admit {self.grid.clients} updates; raise max_clients"
             )
+
+    def flat(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as vectors; Refusal when one has another size."""
+        out = {}
+        for name, ring in self._ring.items():
+            out[name] = values[name].detach().reshape(-1)
+            if out[name].numel() != ring.size:
+                raise Refusal("schema", f"leaf {name} has {out[name].numel()} elements, expected {ring.size}")
+        return out
+
+    def limit(self, factor: float) -> float:
+        """Largest absolute value that fits on the grid once multiplied by ``factor``."""
         if not math.isfinite(factor):
             raise Refusal("weight", f"got a factor of {factor}, expected a finite number")
-        done: list[tuple[U64, Tensor, Tensor | None]] = []
-        try:
-            for target, x, y in self._chunks(values, others):
-                np.add(target, self._quantise(x, y, factor), out=target)
-                done.append((target, x, y))
-        except Refusal:
-            # Integers: taking off what was added restores the bits.
-            for target, x, y in done:
-                np.subtract(target, self._quantise(x, y, factor), out=target)
-            raise
-        self.count += 1
+        return self.grid.bound / abs(factor) if factor else math.inf
 
-    def _chunks(
-        self, values: Mapping[str, Tensor], others: Mapping[str, Tensor] | None
-    ) -> Iterator[tuple[U64, Tensor, Tensor | None]]:
-        for name, ring in self._ring.items():
-            flat = values[name].detach().reshape(-1)
-            second = None if others is None else others[name].detach().reshape(-1)
-            if flat.numel() != ring.size or (second is not None and second.numel() != ring.size):
-                raise Refusal("schema", f"leaf {name} has {flat.numel()} elements, expected {ring.size}")
-            for start in range(0, ring.size, CHUNK):
-                stop = min(start + CHUNK, ring.size)
-                yield ring[start:stop], flat[start:stop], None if second is None else second[start:stop]
-
-    def _quantise(self, x: Tensor, y: Tensor | None, factor: float) -> U64:
-        """Bit patterns ``bits(C) + round(factor * x * y / step)`` of a chunk, in the scratch buffer."""
-        scaled = math.ldexp(factor, -self.grid.exponent)
-        scratch = self._scratch[: x.numel()]
-        scratch.copy_(x)
-        if y is not None:
-            if self._other.numel() == 0:
-                self._other = torch.empty_like(self._scratch)
-            other = self._other[: x.numel()]
-            other.copy_(y)
-            scratch.mul_(other)
-        self._check(scratch, factor)
-        torch.add(_MAGIC_TENSOR, scratch, alpha=scaled, out=scratch)
-        return scratch.numpy().view(np.uint64)
-
-    def _check(self, term: Tensor, factor: float) -> None:
-        limit = self.grid.bound / abs(factor) if factor else math.inf
-        # One fast pass settles the common case: no element exceeds the root of the sum of squares.
-        if float(torch.dot(term, term)) <= limit * limit:
-            return
-        top = float(term.abs().max())
-        if not math.isfinite(top):
-            raise Refusal("nonfinite", "a value is NaN or infinite")
-        if top > limit:
-            raise Refusal(
-                "norm", f"a value of {top:.6g} at factor {factor:.6g} exceeds the bound {self.grid.bound:.6g}"
-            )
+    def order(self) -> list[_Chunk]:
+        """The chunks, in the direction of this term."""
+        return self._chunks[::-1] if self.count % 2 else self._chunks
 
     def integers(self) -> dict[str, Tensor]:
         """The sums in steps, ``int64``, shaped as at construction: the elements that secure aggregation masks."""
@@ -203,22 +219,108 @@ class FixedSum:
 
     def value(self, name: str, divisor: float = 1.0) -> Tensor:
         """One sum divided by ``divisor``, as ``float64`` of the given shape."""
-        offset = np.uint64((self.count * _MAGIC_BITS) % _RING)
-        out = np.empty(self._ring[name].size, np.float64)
-        for start in range(0, out.size, CHUNK):
-            part = slice(start, start + CHUNK)
-            np.multiply((self._ring[name][part] - offset).view(np.int64), self.grid.step, out=out[part])
-        out /= divisor
-        return torch.from_numpy(out).reshape(self.shapes[name])
+        return self.write(name, divisor, torch.float64)
 
     def write(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
         """One sum divided by ``divisor``, rounded once to ``dtype``; needs no float64 copy of the whole leaf."""
-        offset = np.uint64((self.count * _MAGIC_BITS) % _RING)
         out = torch.empty(self._ring[name].size, dtype=dtype)
         for start in range(0, out.numel(), CHUNK):
             part = slice(start, start + CHUNK)
-            exact = (self._ring[name][part] - offset).view(np.int64).astype(np.float64)
-            exact *= self.grid.step
-            exact /= divisor
-            out[part].copy_(torch.from_numpy(exact))
+            out[part] = self._exact(name, part) / divisor
         return out.reshape(self.shapes[name])
+
+    def drain(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
+        """As `write`, and gives the leaf's accumulator back: nothing can be added or read afterwards."""
+        out = self.write(name, divisor, dtype)
+        self._release(name)
+        return out
+
+    def _release(self, name: str) -> None:
+        # The chunks are views of the accumulator and would keep it.
+        self._chunks = [chunk for chunk in self._chunks if chunk.name != name]
+        self._ring[name] = np.zeros(0, np.uint64)
+        self.grid = replace(self.grid, clients=0)
+
+    def ratio(self, name: str, below: FixedSum, dtype: torch.dtype) -> Tensor:
+        """One sum divided elementwise by the same leaf of another, rounded once to ``dtype``."""
+        out = torch.empty(self._ring[name].size, dtype=dtype)
+        for start in range(0, out.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
+            out[part] = self._exact(name, part) / below._exact(name, part)
+        return out.reshape(self.shapes[name])
+
+    def _exact(self, name: str, part: slice) -> Tensor:
+        offset = np.uint64((self.count * _MAGIC_BITS) % _RING)
+        steps = (self._ring[name][part] - offset).view(np.int64).astype(np.float64)
+        steps *= self.grid.step
+        return torch.from_numpy(steps)
+
+
+def check_chunk(x: Tensor, limit: float) -> None:
+    """Refuse a vector with an element that is not finite or above ``limit`` in absolute value."""
+    # The sum of squares is one fast pass and bounds every element. It overflows to infinity, never to less.
+    fast = x.dtype in (torch.float32, torch.float64)
+    if fast and float(torch.dot(x, x)) <= limit * limit * 0.999:
+        return
+    if x.numel() == 0:
+        return
+    low, high = torch.aminmax(x)
+    top = max(-float(low), float(high))
+    if not math.isfinite(top):
+        raise Refusal("nonfinite", "a value is NaN or infinite")
+    if top > limit:
+        raise Refusal(
+            "norm", f"a value of {top:.6g} exceeds {limit:.6g}, the bound of the accumulators at this weight"
+        )
+
+
+def add_weighted(
+    numerator: FixedSum,
+    denominator: FixedSum,
+    values: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    factors: Mapping[str, float],
+    clamps: Mapping[str, tuple[float, float]],
+    limit: float,
+) -> None:
+    """Add ``f w x`` to one sum and ``f w`` to another in one walk, with ``w`` clamped: all of it or nothing.
+
+    The caller vouches for the bounds: ``f * clamp <= denominator.grid.bound`` and ``f * clamp * limit <=
+    numerator.grid.bound``.
+
+    Args:
+        numerator: accumulator of ``f w x``.
+        denominator: accumulator of ``f w``, of the same shapes.
+        values: x, name to tensor.
+        weights: w, the same shapes, no NaN.
+        factors: f, name to a finite number.
+        clamps: name to lowest and highest w.
+        limit: on the absolute values of x.
+
+    Raises:
+        Refusal: as `FixedSum.add`.
+    """
+    numerator._room()
+    xs, ws = numerator.flat(values), denominator.flat(weights)
+    for chunk in numerator._chunks:  # before anything is added, so nothing has to be taken off
+        check_chunk(xs[chunk.name][chunk.place], limit)
+    above, below = numerator._scratch, denominator._scratch
+    narrow = torch.empty(above.values.numel(), dtype=torch.float32)
+    for up, down in zip(numerator.order(), denominator.order(), strict=True):
+        x, w, size = xs[up.name][up.place], ws[up.name][up.place], up.ring.size
+        low, high = clamps[up.name]
+        first, second = above.values[:size], below.values[:size]
+        if w.dtype == torch.float32:
+            second.copy_(torch.clamp(w, low, high, out=narrow[:size]))
+        else:
+            torch.clamp(w.double(), low, high, out=second)
+        first.copy_(x)
+        factor = factors[up.name]
+        torch.addcmul(
+            _MAGIC_TENSOR, first, second, value=math.ldexp(factor, -numerator.grid.exponent), out=first
+        )
+        np.add(up.ring, above.ring[:size], out=up.ring)
+        torch.add(_MAGIC_TENSOR, second, alpha=math.ldexp(factor, -denominator.grid.exponent), out=second)
+        np.add(down.ring, below.ring[:size], out=down.ring)
+    numerator.count += 1
+    denominator.count += 1

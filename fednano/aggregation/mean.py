@@ -70,7 +70,7 @@ class MeanRule(Rule):
         state.require_updates()
         total = float(state.weight)
         mean = state.sums["mean"]
-        merged = {name: mean.write(name, total, state.spec.leaves[name].dtype) for name in mean.shapes}
+        merged = {name: mean.drain(name, total, state.spec.leaves[name].dtype) for name in mean.shapes}
         return {**(state.current or {}), **merged}
 
 

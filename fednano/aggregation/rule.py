@@ -179,7 +179,7 @@ class Rule:
         raise NotImplementedError
 
     def finish(self, state: State) -> Leaves:
-        """The new global leaves. Raises RunError when nothing was merged."""
+        """The new global leaves, once per state. Raises RunError when nothing was merged."""
         raise NotImplementedError
 
     def memory(self, state: State) -> Leaves:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.aggregation import FixedSum, Grid, Refusal
+from fednano.aggregation.fixedpoint import add_weighted
 from fednano.errors import ConfigError
 
 
@@ -142,15 +143,30 @@ def test_large_values_whose_squares_overflow_are_still_accepted() -> None:
     assert total.value("x")[1].item() == pytest.approx(-9e199, rel=1e-12)
 
 
-def test_products_and_write() -> None:
+def test_weighted_pair_and_write() -> None:
     g = torch.Generator().manual_seed(1)
-    x, f = torch.randn(50_000, generator=g), torch.rand(50_000, generator=g)
-    total = FixedSum(Grid.covering(64.0, 2), {"x": (50_000,)})
-    total.add_product({"x": x}, {"x": f}, 2.0)
-    want = 2.0 * x.double() * f.double()
-    assert (total.value("x") - want).abs().max() <= total.grid.step
-    assert torch.equal(total.write("x", 2.0, torch.float32), total.value("x", 2.0).float())
-    assert torch.equal(total.integers()["x"].double() * total.grid.step, total.value("x"))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, f = torch.randn(50_000, generator=g).to(dtype), torch.rand(50_000, generator=g).to(dtype)
+        top, below = (FixedSum(Grid.covering(bound, 2), {"x": (50_000,)}) for bound in (64.0, 4.0))
+        add_weighted(top, below, {"x": x}, {"x": f}, {"x": 2.0}, {"x": (0.25, 0.75)}, 16.0)
+        w = f.double().clamp(0.25, 0.75)
+        assert (top.value("x") - 2.0 * x.double() * w).abs().max() <= top.grid.step
+        assert (below.value("x") - 2.0 * w).abs().max() <= below.grid.step
+        assert torch.equal(top.write("x", 2.0, torch.float32), top.value("x", 2.0).float())
+        assert torch.equal(top.integers()["x"].double() * top.grid.step, top.value("x"))
+        assert torch.equal(top.ratio("x", below, torch.float32), (top.value("x") / below.value("x")).float())
+
+
+def test_add_and_remove_restore_the_bits() -> None:
+    g = torch.Generator().manual_seed(1)
+    total = FixedSum(Grid.covering(64.0, 4), {"x": (70_000,)})
+    total.add({"x": torch.randn(70_000, generator=g)}, 1.5)
+    before, other = total.integers()["x"], torch.randn(70_000, generator=g)
+    total.add({"x": other}, 0.3)
+    assert not torch.equal(total.integers()["x"], before)
+    total.remove({"x": other}, 0.3)
+    assert torch.equal(total.integers()["x"], before)
+    assert total.count == 1
 
 
 @pytest.mark.parametrize(

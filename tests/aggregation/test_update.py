@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fednano.aggregation import LeafSpec, Product, Refusal, Spec, validate
+from fednano.aggregation import LeafSpec, Product, Refusal, Spec, create_rule, validate
 from fednano.errors import ConfigError, UpdateRefused
 
 
@@ -66,6 +66,24 @@ def test_each_fault_has_its_word(make_spec, make_updates) -> None:  # type: igno
     assert check(dataclasses.replace(u, scales={"image": 0.0}), spec) == "scale"
     assert check(dataclasses.replace(u, scales={"image": math.nan}), spec) == "scale"
     assert check(dataclasses.replace(u, scales={"nowhere": 1.0}), spec) == "scale"
+
+
+def test_what_validate_leaves_to_the_accumulators_they_refuse(make_spec, make_updates) -> None:  # type: ignore[no-untyped-def]
+    spec = make_spec()
+    u, other = make_updates(spec, 2, fisher=True)
+    bad = u.leaves["image.A"].clone()
+    for rule_name in ("fedavg", "fisher"):
+        rule = create_rule(rule_name)
+        for value, reason in ((math.nan, "nonfinite"), (1e30, "norm")):
+            bad[0, 0] = value
+            broken = dataclasses.replace(u, leaves={**u.leaves, "image.A": bad})
+            validate(broken, spec, round=3, values=False)
+            assert check(broken, spec) == reason
+            state = rule.add(rule.init(spec), other)
+            with pytest.raises(Refusal) as refused:
+                rule.add(state, broken)
+            assert refused.value.reason == reason
+    assert check(dataclasses.replace(u, fisher={"image.A": bad}), spec, values=False) == "fisher"
 
 
 def test_ranks(make_spec, make_updates) -> None:  # type: ignore[no-untyped-def]
