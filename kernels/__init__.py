@@ -12,7 +12,9 @@ if TYPE_CHECKING or __name__ == "fednano_kernels":
     from ._dispatch import KernelArgumentError
     from .adapter_grad_fisher import adapter_grad_fisher, adapter_grad_fisher_reference, nano_adapter_fisher
     from .flat_adamw import flat_adamw_, flat_adamw_reference_
+    from .grouped_adapter import grouped_adapter, grouped_adapter_reference
     from .linear_token_loss import OBJECTIVES, linear_token_loss, linear_token_loss_reference
+    from .lora_linear import lora_linear, lora_linear_reference
     from .nano_adapter import nano_adapter, nano_adapter_reference
 
     __all__ = [
@@ -22,8 +24,12 @@ if TYPE_CHECKING or __name__ == "fednano_kernels":
         "adapter_grad_fisher_reference",
         "flat_adamw_",
         "flat_adamw_reference_",
+        "grouped_adapter",
+        "grouped_adapter_reference",
         "linear_token_loss",
         "linear_token_loss_reference",
+        "lora_linear",
+        "lora_linear_reference",
         "nano_adapter",
         "nano_adapter_fisher",
         "nano_adapter_reference",

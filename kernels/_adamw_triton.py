@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tuning
-from ._dispatch import cdiv, on_device
+from ._dispatch import cdiv
+from ._launch import launch as launch_kernel
 from ._triton_common import narrow, precision
 
 
@@ -77,14 +78,20 @@ def launch(
     config = _tuning.choose(
         "flat_adamw", w.device, f"n{_tuning.bucket(n)}_{w.element_size()}", {"BLOCK": 1024, "num_warps": 4}
     )
-    with on_device(w):
-        _kernel[(cdiv(n, config["BLOCK"]),)](
+    launch_kernel(
+        _kernel,
+        (cdiv(n, config["BLOCK"]),),
+        (
             w, g, m, v,
             w if anchor is None else anchor, m if fisher is None else fisher,
             m if step_on_device is None else step_on_device,
             n, lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, mu, fisher_weight,
             1 - beta1 ** max(step, 1), math.sqrt(1 - beta2 ** max(step, 1)),
             math.log(beta1) if beta1 else -math.inf, math.log(beta2) if beta2 else -math.inf,
-            STEP_ON_DEVICE=step_on_device is not None, PROXIMAL=anchor is not None, FISHER=fisher is not None,
-            BLOCK=config["BLOCK"], PRECISION=precision(w), num_warps=config["num_warps"],
-        )  # fmt: skip
+        ),
+        {
+            "STEP_ON_DEVICE": step_on_device is not None, "PROXIMAL": anchor is not None,
+            "FISHER": fisher is not None, "BLOCK": config["BLOCK"], "PRECISION": precision(w),
+        },
+        config["num_warps"],
+    )  # fmt: skip

@@ -8,11 +8,9 @@ Triton is imported only when a kernel is launched, so the package imports, and i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -34,18 +32,16 @@ def triton_installed() -> bool:
 def runs_triton(tensor: Tensor) -> bool:
     """Whether operators on this tensor's device run Triton code (else the torch reference)."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64:
-        return False
+    if tensor.dtype == torch.float64 or torch._C._are_functorch_transforms_active():
+        return False  # the references can be transformed by torch.func, kernels cannot
     if kind == "cuda":
         return triton_installed()
     return kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and triton_installed()
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device current for a launch; free when it already is."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler or a tracer is looking, which must see one operator instead of a Python function."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def require(condition: bool, message: str) -> None:

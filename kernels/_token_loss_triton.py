@@ -3,7 +3,8 @@
 """One program a row of logits: the loss, and the gradient written over the logits.
 
 The first sweep keeps, lane by lane, a running maximum, a running sum of exponentials, and the strongest rival of the
-label; the lanes are joined after it. The second sweep reads the row again (from the cache) and writes dz over it.
+label; the lanes are joined after it. The second sweep reads the row again, backwards, and writes dz over it. The label
+and the rival are looked for only in the one tile that holds them. A row that fits one tile stays in registers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,42 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tuning
-from ._dispatch import next_power_of_2, on_device
+from ._dispatch import next_power_of_2
+from ._launch import launch
 from ._triton_common import narrow, precision
 from ._tuning import Config
 
 _KINDS = {"cross_entropy": 0, "gradient_ascent": 1, "inverted_hinge": 2, "npo": 3}
+LANES = 2048
+
+
+@triton.jit
+def _take(z, start, at, label, top, total, rival, rival_at, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Add one tile ``z`` (SUB, LANES), whose columns are ``start + at``, to the running values of the lanes."""
+    highest = tl.max(z, 0)
+    higher = tl.maximum(top, highest)
+    # Lanes that have seen nothing yet have top = -inf; the difference of two infinities must not be formed.
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    total = total * tl.exp2((top - shift) * 1.4426950408889634)
+    total += tl.sum(tl.exp2((z - shift[None, :]) * 1.4426950408889634), 0)
+    if KIND == 2:
+        if (label >= start) & (label < start + BLOCK):
+            highest = tl.max(tl.where(start + at == label, float("-inf"), z), 0)
+        rival_at = tl.where(highest > rival, start, rival_at)
+        rival = tl.maximum(rival, highest)
+    return higher, total, rival, rival_at
+
+
+@triton.jit
+def _gradient(z, start, at, label, best_at, lse, a, b, c, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """``a p + b e_label + c e_best`` of one tile."""
+    dz = a * tl.exp2((z - lse) * 1.4426950408889634)
+    if (label >= start) & (label < start + BLOCK):
+        dz += tl.where(start + at == label, b, 0.0)
+    if KIND == 2:  # noqa: SIM102  (a constant, decided when compiled)
+        if (best_at >= start) & (best_at < start + BLOCK):
+            dz += tl.where(start + at == best_at, c, 0.0)
+    return dz
 
 
 @triton.jit
@@ -32,34 +64,36 @@ def _kernel(
     beta,
     KIND: tl.constexpr,
     GRAD: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * stride
     label = tl.load(labels + row)
-    lane = tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     low = float("-inf")
 
-    top = tl.full((BLOCK,), low, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    rival = tl.full((BLOCK,), low, tl.float32)
-    rival_at = tl.full((BLOCK,), 0, tl.int32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        col = start + lane
-        z = tl.load(z_row + col, mask=col < V, other=low).to(tl.float32)
-        higher = tl.maximum(top, z)
-        # Lanes that have seen nothing yet have top = -inf; the difference of two infinities must not be formed.
-        shift = tl.where(higher == low, 0.0, higher)
-        total = total * tl.exp(top - shift) + tl.exp(z - shift)
-        top = higher
-        if KIND == 2:
-            other = tl.where(col == label, low, z)
-            rival_at = tl.where(other > rival, col, rival_at)
-            rival = tl.maximum(rival, other)
+    top = tl.full((LANES,), low, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    rival = tl.full((LANES,), low, tl.float32)
+    rival_at = tl.full((LANES,), 0, tl.int32)
+    whole = V // BLOCK * BLOCK
+    if not ONE_TILE:
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+            z = tl.load(z_row + start + at).to(tl.float32)
+            top, total, rival, rival_at = _take(z, start, at, label, top, total, rival, rival_at, KIND, BLOCK)
+    else:
+        whole = 0
+    last = tl.load(z_row + whole + at, mask=whole + at < V, other=low)
+    top, total, rival, rival_at = _take(
+        last.to(tl.float32), whole, at, label, top, total, rival, rival_at, KIND, BLOCK
+    )
+
     peak = tl.max(top, 0)
-    norm = tl.sum(total * tl.exp(top - peak), 0)
+    norm = tl.sum(total * tl.exp2((top - peak) * 1.4426950408889634), 0)
     lse = peak + tl.log(norm)
     valid = (label >= 0) & (label < V)
     z_label = tl.load(z_row + label, mask=valid, other=low).to(tl.float32)
@@ -77,8 +111,12 @@ def _kernel(
         b = 1.0
     elif KIND == 2:
         best = tl.max(rival, 0)
-        # The lowest index among equals, whatever the block size.
-        best_at = tl.min(tl.where(rival == best, rival_at, 2147483647), 0)
+        # Lanes know in which tile they saw it first. In the earliest of these, take the lowest column among equals:
+        # the answer does not depend on the block size.
+        tile = tl.min(tl.where(rival == best, rival_at, 2147483647), 0)
+        near = tl.load(z_row + tile + at, mask=tile + at < V, other=low).to(tl.float32)
+        hit = (near == best) & (tile + at != label)
+        best_at = tl.min(tl.min(tl.where(hit, tile + at, 2147483647), 1), 0)
         p_label = tl.exp(log_p)
         p_rival = tl.exp(best - lse)
         loss = 1.0 + p_label - p_rival
@@ -101,25 +139,23 @@ def _kernel(
     tl.store(losses + row, loss)
 
     if GRAD:
-        # Against the direction of the first sweep: the end of the row is the part still in the cache.
-        blocks = tl.cdiv(V, BLOCK)
-        for i in tl.range(0, blocks, num_stages=STAGES):
-            col = (blocks - 1 - i) * BLOCK + lane
-            z = tl.load(z_row + col, mask=col < V, other=low).to(tl.float32)
-            dz = a * tl.exp(z - lse)
-            dz += tl.where(col == label, b, 0.0)
-            if KIND == 2:
-                dz += tl.where(col == best_at, c, 0.0)
-            tl.store(z_row + col, narrow(dz, logits.dtype.element_ty, PRECISION), mask=col < V)
+        dz = _gradient(last.to(tl.float32), whole, at, label, best_at, lse, a, b, c, KIND, BLOCK)
+        tl.store(z_row + whole + at, narrow(dz, logits.dtype.element_ty, PRECISION), mask=whole + at < V)
+        if not ONE_TILE:
+            # Against the direction of the first sweep: the end of the row is the part still in the cache.
+            tiles = V // BLOCK
+            for i in tl.range(0, tiles, num_stages=STAGES):
+                start = (tiles - 1 - i) * BLOCK
+                z = tl.load(z_row + start + at).to(tl.float32)
+                dz = _gradient(z, start, at, label, best_at, lse, a, b, c, KIND, BLOCK)
+                tl.store(z_row + start + at, narrow(dz, logits.dtype.element_ty, PRECISION))
 
 
 def heuristic(V: int, itemsize: int) -> Config:
     """Block size for a card that is not in the table."""
-    return {
-        "BLOCK": min(4096, max(16, next_power_of_2(V))),
-        "num_warps": 8 if itemsize == 2 else 16,
-        "STAGES": 2,
-    }
+    if V <= 32768 and itemsize == 2:
+        return {"BLOCK": max(16, next_power_of_2(V)), "num_warps": 16 if V > 8192 else 4, "STAGES": 1}
+    return {"BLOCK": 8192, "num_warps": 16, "STAGES": 2}
 
 
 def losses_and_gradients(
@@ -138,22 +174,31 @@ def losses_and_gradients(
     N, V = logits.shape
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     size = logits.element_size()
-    key = f"v{_tuning.bucket(V)}_{objective}_{size}"
-    config = _tuning.choose("token_loss", logits.device, key, heuristic(V, size))
-    with on_device(logits):
-        _kernel[(N,)](
+    config = _tuning.choose(
+        "token_loss", logits.device, f"v{_tuning.bucket(V)}_{objective}_{size}", heuristic(V, size)
+    )
+    labels = labels.contiguous()
+    launch(
+        _kernel,
+        (N,),
+        (
             logits,
-            labels.contiguous(),
+            labels,
             labels if reference is None else reference.contiguous(),
             losses,
             logits.stride(0),
             V,
             beta,
-            KIND=_KINDS[objective],
-            GRAD=need_grad,
-            BLOCK=config["BLOCK"],
-            PRECISION=precision(logits),
-            STAGES=config["STAGES"],
-            num_warps=config["num_warps"],
-        )
+        ),
+        {
+            "KIND": _KINDS[objective],
+            "GRAD": need_grad,
+            "ONE_TILE": config["BLOCK"] >= V,
+            "BLOCK": config["BLOCK"],
+            "LANES": min(config["BLOCK"], config["num_warps"] * 256),
+            "PRECISION": precision(logits),
+            "STAGES": config["STAGES"],
+        },
+        config["num_warps"],
+    )
     return losses

@@ -21,7 +21,7 @@ def narrow(v, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Float32 ``v`` rounded to the nearest ``dtype``; the interpreter by itself would cut bfloat16 off."""
     if PRECISION == "widen" and dtype == tl.bfloat16:
         bits = v.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         v = bits.to(tl.float32, bitcast=True)
     return v.to(dtype)
 

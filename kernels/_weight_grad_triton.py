@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tuning
-from ._dispatch import cdiv, next_power_of_2, on_device
+from ._dispatch import cdiv, next_power_of_2
+from ._launch import launch
 from ._triton_common import dot, narrow, precision
 from ._tuning import Config
 
@@ -234,25 +235,38 @@ def _run(
     norm_part = scratch(k_blocks, samples) if with_fisher else part0
     block_r = max(16, next_power_of_2(R))
     block = 256
-    with on_device(first.big):
-        _gradient_kernel[(splits, k_blocks, 1 if second is None else 2)](
+    shared = {"K0": K0, "K1": K1, "R": R}
+    launch(
+        _gradient_kernel,
+        (splits, k_blocks, 1 if second is None else 2),
+        (
             first.big, first.small, other.big, other.small, part0, part1, fisher_part, norm_part,
             M, rows, samples, per_split,
             first.big.stride(0), first.small.stride(0), other.big.stride(0), other.small.stride(0),
-            K0=K0, K1=K1, R=R, FISHER=with_fisher,
-            BLOCK_M=config["BLOCK_M"], BLOCK_K=config["BLOCK_K"], BLOCK_R=block_r,
-            PRECISION=precision(first.big), STAGES=config["STAGES"], num_warps=config["num_warps"],
-        )  # fmt: skip
-        jobs = 3 if with_fisher else 1 if second is None else 2
-        longest = max(K0 * R, K1 * R, samples if with_fisher else 0)
-        _sum_kernel[(cdiv(longest, block), jobs)](
-            part0, part1, fisher_part, norm_part,
-            first.out, other.out, fisher if fisher is not None else part0, norms if norms is not None else part0,
+        ),
+        {
+            **shared, "FISHER": with_fisher, "BLOCK_M": config["BLOCK_M"], "BLOCK_K": config["BLOCK_K"],
+            "BLOCK_R": block_r, "PRECISION": precision(first.big), "STAGES": config["STAGES"],
+        },
+        config["num_warps"],
+    )  # fmt: skip
+    jobs = 3 if with_fisher else 1 if second is None else 2
+    longest = max(K0 * R, K1 * R, samples if with_fisher else 0)
+    launch(
+        _sum_kernel,
+        (cdiv(longest, block), jobs),
+        (
+            part0, part1, fisher_part, norm_part, first.out, other.out,
+            fisher if fisher is not None else part0, norms if norms is not None else part0,
             first.scale, other.scale, samples,
             first.out.stride(0), first.out.stride(1), other.out.stride(0), other.out.stride(1),
-            SPLITS=splits, K0=K0, K1=K1, R=R, PAIR=second is not None, FISHER=with_fisher,
-            NORM_BLOCKS=k_blocks, BLOCK=block, PRECISION=precision(first.big), num_warps=4,
-        )  # fmt: skip
+        ),
+        {
+            "SPLITS": splits, **shared, "PAIR": second is not None, "FISHER": with_fisher,
+            "NORM_BLOCKS": k_blocks, "BLOCK": block, "PRECISION": precision(first.big),
+        },
+        4,
+    )  # fmt: skip
 
 
 def gradients(first: Product, second: Product | None = None) -> None:

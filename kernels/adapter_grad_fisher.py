@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import as_rows, check_activation, check_tensor, require, runs_triton
+from ._dispatch import as_rows, check_activation, check_tensor, is_traced, require, runs_triton
 
 __all__ = ["adapter_grad_fisher", "adapter_grad_fisher_reference", "nano_adapter_fisher"]
 
@@ -27,13 +27,10 @@ def adapter_grad_fisher_reference(x: Tensor, g: Tensor, scale: float = 1.0) -> t
     return each.sum(0), each.square().sum(0), each.flatten(1).norm(dim=1)
 
 
-@torch.library.custom_op("fednano::adapter_grad_fisher", mutates_args=())
-def _op(x: Tensor, g: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run(x: Tensor, g: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(N T, p)`` and ``(N T, q)`` -> ``(p, q)``, ``(p, q)``, ``(N,)``."""
     p, q = x.shape[1], g.shape[1]
     samples = x.shape[0] // rows
-    if not runs_triton(x):
-        return adapter_grad_fisher_reference(x.view(samples, rows, p), g.view(samples, rows, q), scale)
     from . import _weight_grad_triton as wg
 
     grad = torch.empty(p, q, dtype=torch.float32, device=x.device)
@@ -45,6 +42,11 @@ def _op(x: Tensor, g: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor, 
     else:
         wg.gradients_by_sample(wg.Product(x, g, grad, scale), rows, fisher, norms)
     return grad, fisher, norms
+
+
+@torch.library.custom_op("fednano::adapter_grad_fisher", mutates_args=())
+def _op(x: Tensor, g: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(x, g, rows, scale)
 
 
 @_op.register_fake
@@ -81,7 +83,8 @@ def adapter_grad_fisher(x: Tensor, g: Tensor, scale: float = 1.0) -> tuple[Tenso
         thin <= 256,
         f"both sides of the gradient exceed 256 (p={x.shape[2]}, q={g.shape[2]}); one must be thin",
     )
-    grad, fisher, norms = _op(as_rows(x), as_rows(g), x.shape[1], float(scale))
+    arguments = as_rows(x.detach()), as_rows(g.detach()), x.shape[1], float(scale)
+    grad, fisher, norms = _op(*arguments) if is_traced(x) else _run(*arguments)
     return grad, fisher, norms
 
 

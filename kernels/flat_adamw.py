@@ -19,7 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import FLOATS, require, runs_triton
+from ._dispatch import FLOATS, KernelArgumentError, is_traced, require, runs_triton
+
+_DTYPES = (*FLOATS, torch.float64)
 
 __all__ = ["flat_adamw_", "flat_adamw_reference_"]
 
@@ -56,8 +58,7 @@ def flat_adamw_reference_(
     w.copy_(weights.addcdiv(m, denominator, value=-lr / (1 - betas[0] ** t)))
 
 
-@torch.library.custom_op("fednano::flat_adamw_", mutates_args=("w", "m", "v", "fisher"))
-def _op(
+def _run(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None,
     step_on_device: Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, mu: float, fisher_weight: float,
@@ -89,6 +90,31 @@ def _op(
     )  # fmt: skip
 
 
+@torch.library.custom_op("fednano::flat_adamw_", mutates_args=("w", "m", "v", "fisher"))
+def _op(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None,
+    step_on_device: Tensor | None, step: int, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, mu: float, fisher_weight: float,
+) -> None:  # fmt: skip
+    _run(
+        w,
+        g,
+        m,
+        v,
+        anchor,
+        fisher,
+        step_on_device,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        mu,
+        fisher_weight,
+    )
+
+
 @_op.register_fake
 def _(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None,
@@ -96,6 +122,44 @@ def _(
     weight_decay: float, mu: float, fisher_weight: float,
 ) -> None:  # fmt: skip
     return None
+
+
+def _dtypes_fit(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None
+) -> bool:
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    return (
+        w.dtype in _DTYPES
+        and g.dtype in _DTYPES
+        and m.dtype == v.dtype == wide
+        and (anchor is None or anchor.dtype == w.dtype)
+        and (fisher is None or fisher.dtype == wide)
+    )
+
+
+def _explain(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, anchor: Tensor | None, fisher: Tensor | None
+) -> None:
+    """Raise the error that names the argument at fault."""
+    require(w.dim() == 1 and w.numel() >= 1, f"w has shape {tuple(w.shape)}; expected (n,) with n >= 1")
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    for name, tensor, dtypes in (
+        ("w", w, _DTYPES),
+        ("g", g, _DTYPES),
+        ("m", m, (wide,)),
+        ("v", v, (wide,)),
+        ("anchor", anchor, (w.dtype,)),
+        ("fisher", fisher, (wide,)),
+    ):
+        if tensor is None:
+            continue
+        require(
+            tensor.shape == w.shape,
+            f"{name} has shape {tuple(tensor.shape)}; expected {tuple(w.shape)}, as w",
+        )
+        require(tensor.device == w.device, f"{name} is on {tensor.device}; expected {w.device}, as w")
+        require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+        require(tensor.is_contiguous(), f"{name} is not contiguous; a flat buffer must be")
 
 
 def flat_adamw_(
@@ -135,29 +199,20 @@ def flat_adamw_(
     Raises:
         KernelArgumentError: a shape, dtype, device or number does not fit.
     """
-    require(w.dim() == 1 and w.numel() >= 1, f"w has shape {tuple(w.shape)}; expected (n,) with n >= 1")
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-    for name, tensor, dtypes in (
-        ("w", w, (*FLOATS, torch.float64)),
-        ("g", g, (*FLOATS, torch.float64)),
-        ("m", m, (wide,)),
-        ("v", v, (wide,)),
-        ("anchor", anchor, (w.dtype,)),
-        ("fisher", fisher, (wide,)),
+    given = [t for t in (g, m, v, anchor, fisher) if t is not None]
+    alike = w.dim() == 1 and all(
+        t.shape == w.shape and t.device == w.device and t.is_contiguous() for t in given
+    )
+    if not alike or w.numel() < 1 or not w.is_contiguous() or not _dtypes_fit(w, g, m, v, anchor, fisher):
+        _explain(w, g, m, v, anchor, fisher)
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        raise KernelArgumentError(f"betas are {betas}; expected two numbers in [0, 1)")
+    if not (
+        0 <= lr < math.inf and 0 <= eps < math.inf and 0 <= weight_decay < math.inf and 0 <= mu < math.inf
     ):
-        if tensor is None:
-            continue
-        require(
-            tensor.shape == w.shape,
-            f"{name} has shape {tuple(tensor.shape)}; expected {tuple(w.shape)}, as w",
+        raise KernelArgumentError(
+            f"lr is {lr}, eps {eps}, weight_decay {weight_decay}, mu {mu}; expected finite numbers >= 0"
         )
-        require(tensor.device == w.device, f"{name} is on {tensor.device}; expected {w.device}, as w")
-        require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
-        require(tensor.is_contiguous(), f"{name} is not contiguous; a flat buffer must be")
-    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-        require(0 <= beta < 1, f"{name} is {beta}; expected a number in [0, 1)")
-    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("mu", mu)):
-        require(number >= 0 and math.isfinite(number), f"{name} is {number}; expected a finite number >= 0")
     require(mu == 0 or anchor is not None, f"mu is {mu} but there is no anchor to pull to; give anchor=w0")
     on_device = None
     if isinstance(step, Tensor):
@@ -168,13 +223,15 @@ def flat_adamw_(
         on_device = step
     else:
         require(step >= 1, f"step is {step}; steps count from 1")
-    numbers = (
-        float(lr),
-        betas[0],
-        betas[1],
-        float(eps),
-        float(weight_decay),
-        float(mu),
-        float(fisher_weight),
-    )
-    _op(w.detach(), g, m, v, anchor, fisher, on_device, 0 if isinstance(step, Tensor) else step, *numbers)
+    arguments = (
+        w.detach(), g, m, v, anchor, fisher, on_device, 0 if isinstance(step, Tensor) else step,
+        float(lr), betas[0], betas[1], float(eps), float(weight_decay), float(mu), float(fisher_weight),
+    )  # fmt: skip
+    if is_traced(w):
+        _op(*arguments)
+        return
+    _run(*arguments)
+    # What autograd saved before this step must not be used after it: count the write, as torch's own operators do.
+    for changed in (w, m, v, fisher):
+        if changed is not None:
+            torch.autograd.graph.increment_version(changed)

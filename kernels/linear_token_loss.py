@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import FLOATS, check_tensor, require, runs_triton
+from ._dispatch import FLOATS, check_tensor, is_traced, require, runs_triton
 
 __all__ = ["OBJECTIVES", "linear_token_loss", "linear_token_loss_reference"]
 
@@ -84,8 +84,7 @@ def _order(labels: Tensor, count: int) -> Tensor:
     return torch.argsort((labels == IGNORE).to(torch.uint8), stable=True)[:count]
 
 
-@torch.library.custom_op("fednano::linear_token_loss", mutates_args=())
-def _forward_op(
+def _forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor | None, objective: str, beta: float,
     count: int, chunk: int, need_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -123,6 +122,14 @@ def _forward_op(
     return losses, d_hidden
 
 
+@torch.library.custom_op("fednano::linear_token_loss", mutates_args=())
+def _forward_op(
+    hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor | None, objective: str, beta: float,
+    count: int, chunk: int, need_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(hidden, weight, labels, reference, objective, beta, count, chunk, need_grad)
+
+
 @_forward_op.register_fake
 def _(
     hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor | None, objective: str, beta: float,
@@ -134,11 +141,15 @@ def _(
     )
 
 
-@torch.library.custom_op("fednano::linear_token_loss_backward", mutates_args=())
-def _backward_op(grad: Tensor, d_hidden: Tensor) -> Tensor:
+def _scaled(grad: Tensor, d_hidden: Tensor) -> Tensor:
     """Scale the rows ``(M, d)`` of the unit gradient by ``(M,)``."""
     # Not `d_hidden * grad[:, None]`: that would be float32, twice the memory.
     return torch.mul(d_hidden, grad[:, None], out=torch.empty_like(d_hidden))
+
+
+@torch.library.custom_op("fednano::linear_token_loss_backward", mutates_args=())
+def _backward_op(grad: Tensor, d_hidden: Tensor) -> Tensor:
+    return _scaled(grad, d_hidden)
 
 
 @_backward_op.register_fake
@@ -159,6 +170,27 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Function(torch.autograd.Function):
+    """The same pair without the dispatcher's overhead, for plain eager calls."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor | None, objective: str,
+        beta: float, count: int, chunk: int,
+    ) -> Tensor:  # fmt: skip
+        need_grad = ctx.needs_input_grad[0]
+        losses, d_hidden = _forward(
+            hidden, weight, labels, reference, objective, beta, count, chunk, need_grad
+        )
+        ctx.save_for_backward(d_hidden)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return (_scaled(grads[0], d_hidden), *(None,) * 7)
 
 
 def _check(
@@ -245,9 +277,10 @@ def linear_token_loss(
     require(0 <= count <= labels.shape[0], f"labelled_rows is {count}; expected 0..{labels.shape[0]}")
     if not runs_triton(hidden):
         return linear_token_loss_reference(hidden, weight, labels, objective, reference=reference, beta=beta)
-    need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    losses, _ = _forward_op(
-        hidden, weight, labels, reference, objective, float(beta), count, chunk_rows, need_grad
-    )
+    arguments = (hidden, weight, labels, reference, objective, float(beta), count, chunk_rows)
+    if is_traced(hidden):
+        losses = _forward_op(*arguments, torch.is_grad_enabled() and hidden.requires_grad)[0]
+    else:
+        losses = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
     result: Tensor = losses
     return result

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import as_rows, check_activation, check_tensor, require, runs_triton
+from ._dispatch import (
+    KernelArgumentError,
+    as_rows,
+    check_activation,
+    check_tensor,
+    is_traced,
+    require,
+    runs_triton,
+)
 
 __all__ = ["nano_adapter", "nano_adapter_reference"]
 
@@ -43,29 +51,19 @@ def nano_adapter_reference(x: Tensor, a: Tensor, b: Tensor, scale: float, activa
 
 def _check(x: Tensor, a: Tensor, b: Tensor, activation: str) -> None:
     check_tensor("x", x)
-    require(x.dim() >= 1, f"x has shape {tuple(x.shape)}; expected (..., d)")
+    if x.dim() < 1 or x.numel() < 1:
+        raise KernelArgumentError(
+            f"x has shape {tuple(x.shape)}; expected (..., d), at least one row and one column"
+        )
     d = x.shape[-1]
     check_tensor("a", a, shape=(d, None), like=x)
     require(a.shape[1] >= 1, "a has rank 0; an adapter needs rank 1 at least")
     check_tensor("b", b, shape=(a.shape[1], d), like=x)
     check_activation(activation)
-    require(
-        d >= 1 and x.numel() >= 1, f"x has shape {tuple(x.shape)}; expected at least one row and one column"
-    )
 
 
-def _split(x: Tensor, a: Tensor, b: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
-    """The reference, which also returns the pre-activation."""
-    z = x @ a
-    h = F.gelu(z) if activation == "gelu" else z
-    return x + scale * (h @ b), z
-
-
-@torch.library.custom_op("fednano::nano_adapter", mutates_args=())
-def _forward_op(x: Tensor, a: Tensor, b: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, a: Tensor, b: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
     """``(M, d)`` in, ``(M, d)`` and the pre-activation ``(M, r)`` out."""
-    if not runs_triton(x):
-        return _split(x, a, b, scale, activation)
     from . import _shrink_expand_triton as se
 
     z = x.new_empty(x.shape[0], a.shape[1])
@@ -73,6 +71,33 @@ def _forward_op(x: Tensor, a: Tensor, b: Tensor, scale: float, activation: str) 
     mode = se.GELU if activation == "gelu" else se.LINEAR
     se.launch(x, a, b, mode=mode, scale=scale, residual=True, saved=z, mid=z, act=z, out=y)
     return y, z
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, z: Tensor, a: Tensor, b: Tensor, scale: float, activation: str,
+    need_x: bool, need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients to x, A and B, None where not needed."""
+    from . import _shrink_expand_triton as se
+    from . import _weight_grad_triton as wg
+
+    gelu = activation == "gelu"
+    dz = torch.empty_like(z)
+    h = torch.empty_like(z) if gelu else z
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    mode = se.GELU_BACKWARD if gelu else se.LINEAR_BACKWARD
+    se.launch(dy, b.T, a.T, mode=mode, scale=scale, residual=True, saved=z, mid=dz, act=h, out=dx)
+    if not need_weights:
+        return dx, None, None
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    db = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    wg.gradients(wg.Product(x, dz, da), wg.Product(dy, h, db.T, scale))
+    return dx, da, db
+
+
+@torch.library.custom_op("fednano::nano_adapter", mutates_args=())
+def _forward_op(x: Tensor, a: Tensor, b: Tensor, scale: float, activation: str) -> tuple[Tensor, Tensor]:
+    return _forward(x, a, b, scale, activation)
 
 
 @_forward_op.register_fake
@@ -85,33 +110,10 @@ def _backward_op(
     dy: Tensor, x: Tensor, z: Tensor, a: Tensor, b: Tensor, scale: float, activation: str,
     need_x: bool, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients to x, A and B; an empty tensor stands for one that is not needed."""
-    none = x.new_empty(0)
-    gelu = activation == "gelu"
-    if not runs_triton(x):
-        h = F.gelu(z) if gelu else z
-        dz = scale * (dy @ b.T)
-        if gelu:
-            dz = torch.ops.aten.gelu_backward(dz, z)
-        return (
-            dy + dz @ a.T if need_x else none,
-            x.T @ dz if need_weights else none,
-            scale * (h.T @ dy) if need_weights else none,
-        )
-    from . import _shrink_expand_triton as se
-    from . import _weight_grad_triton as wg
-
-    dz = torch.empty_like(z)
-    h = torch.empty_like(z) if gelu else z
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-    mode = se.GELU_BACKWARD if gelu else se.LINEAR_BACKWARD
-    se.launch(dy, b.T, a.T, mode=mode, scale=scale, residual=True, saved=z, mid=dz, act=h, out=dx)
-    da, db = none, none.clone()
-    if need_weights:
-        da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-        db = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-        wg.gradients(wg.Product(x, dz, da), wg.Product(dy, h, db.T, scale))
-    return dx if dx is not None else none.clone(), da, db
+    """An empty tensor stands for a gradient that is not needed."""
+    found = _gradients(dy, x, z, a, b, scale, activation, need_x, need_weights)
+    dx, da, db = (x.new_empty(0) if f is None else f for f in found)
+    return dx, da, db
 
 
 @_backward_op.register_fake
@@ -131,14 +133,34 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, output[1], a, b)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _op_backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, a, b = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dx, da, db = _backward_op(as_rows(dy), x, z, a, b, ctx.scale, ctx.activation, need_x, need_weights)
     return (dx if need_x else None, *((da, db) if need_weights else (None, None)), None, None)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup)
+_forward_op.register_autograd(_op_backward, setup_context=_setup)
+
+
+class _Function(torch.autograd.Function):
+    """The same pair without the dispatcher's overhead, for plain eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, activation: str) -> Tensor:
+        y, z = _forward(x, a, b, scale, activation)
+        ctx.save_for_backward(x, z, a, b)
+        ctx.scale, ctx.activation = scale, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, a, b = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        found = _gradients(
+            as_rows(grads[0]), x, z, a, b, ctx.scale, ctx.activation, needs[0], needs[1] or needs[2]
+        )
+        return (*found, None, None)
 
 
 def nano_adapter(x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, activation: str = "linear") -> Tensor:
@@ -162,6 +184,9 @@ def nano_adapter(x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, activation
     _check(x, a, b, activation)
     if not runs_triton(x):
         return nano_adapter_reference(x, a, b, scale, activation)
-    y, _ = _forward_op(as_rows(x), a, b, float(scale), activation)
+    if is_traced(x):
+        y = _forward_op(as_rows(x), a, b, float(scale), activation)[0]
+    else:
+        y = _Function.apply(as_rows(x), a, b, float(scale), activation)  # type: ignore[no-untyped-call]
     result: Tensor = y.view(x.shape)
     return result

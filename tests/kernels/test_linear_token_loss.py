@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fednano_kernels import OBJECTIVES, KernelArgumentError, linear_token_loss, linear_token_loss_reference
+from fednano_kernels._tuning import forced
 from torch import Tensor
 
 Accurate = Callable[[Tensor, Tensor, Tensor, str], None]
@@ -224,3 +225,15 @@ def test_bad_input(change: dict[str, Any], message: str, device: torch.device) -
         arguments["weight"] = arguments["weight"].detach().requires_grad_()
     with pytest.raises(KernelArgumentError, match=message):
         linear_token_loss(**arguments)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_tiles(
+    objective: str, dtype: torch.dtype, device: torch.device, assert_accurate: Accurate
+) -> None:
+    # Tiles of 1024 columns by 256 lanes: whole tiles, a ragged last one, the label and the rival in any of them.
+    with forced(token_loss={"BLOCK": 1024, "num_warps": 1, "STAGES": 2}):
+        for v in (1024, 2048, 5000):
+            _check((6, 16, v), dtype, objective, device, assert_accurate)
+        test_ties_take_the_lowest_rival(device)
