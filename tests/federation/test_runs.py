@@ -209,7 +209,7 @@ def test_a_crashing_client_does_not_stop_the_run(run: Run, monkeypatch: pytest.M
 
 def test_nan_loss_ends_with_advice(run: Run) -> None:
     with pytest.raises(RunError, match=r"round 1.*TrainingDiverged.*Lower the learning rate"):
-        run(learning_rate=1e38)
+        run(learning_rate=2e37)
     with pytest.raises(RunError, match=r"bound on absolute values is 100\. Lower the learning rate"):
         run(learning_rate=1e10)
 
@@ -302,4 +302,5 @@ class TestBadInput:
                 file.write('{"image": "gone.png", "question": "what?", "answer": "red"}\n')
         events = (run(dataset=str(copy)) / "events.jsonl").read_text()
         assert events.count("gone.png") == 2
-        assert "train.jsonl:161" in events and "test.jsonl:25" in events
+        assert "train.jsonl:161" in events
+        assert "test.jsonl:25" in events
