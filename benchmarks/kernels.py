@@ -28,19 +28,21 @@ def main(argv: list[str] | None = None) -> int:
             "fednano bench kernels needs a CUDA device, and torch sees none; run it on a machine with a GPU."
         )
         return 2
-    from benchmarks import kernels_adapters, kernels_losses, kernels_timing
+    from fednano_kernels import _tuning
+
+    from benchmarks import kernels_adapters, kernels_lora, kernels_losses, kernels_timing
     from benchmarks.kernels_report import Report
     from benchmarks.results import write_results
 
     torch.manual_seed(0)
     began = time.monotonic()
-    if options.tune:
-        from fednano_kernels import _tuning
-
+    if options.table is not None:
+        _tuning.TABLE = options.table
+        _tuning.reload()
+    if options.tune is not None:
         from benchmarks.kernels_tune import tune
 
-        tune(options.table or _tuning.TABLE, options.only, options.log)
-        _tuning.reload()
+        tune(_tuning.TABLE, options.tune, options.log)
         print(f"tuned in {time.monotonic() - began:.0f} s")
     rate, bandwidth = kernels_timing.product_rate(), kernels_timing.copy_bandwidth()
     print(
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = {
         "nano_adapter": kernels_adapters.nano_cases,
         "adapter_grad_fisher": kernels_adapters.fisher_cases,
+        "grouped_adapter": kernels_lora.grouped_cases,
+        "lora_linear": kernels_lora.lora_cases,
         "linear_token_loss": kernels_losses.loss_cases,
         "flat_adamw": kernels_losses.adamw_cases,
     }

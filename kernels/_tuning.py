@@ -21,7 +21,7 @@ TABLE = Path(__file__).with_name("tuning.json")
 Config = dict[str, int]
 
 _forced: dict[str, Config] = {}
-asked: dict[str, str] = {}  # kernel -> key of its last launch under `forced`: the row a tuner is to write
+asked: dict[str, set[str]] = {}  # kernel -> keys of its launches under `forced`: the rows a tuner is to write
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def choose(kernel: str, device: torch.device, key: str, heuristic: Config) -> Co
         heuristic: what to use when the table has no such row.
     """
     if kernel in _forced:
-        asked[kernel] = key
+        asked.setdefault(kernel, set()).add(key)
         return {**heuristic, **_forced[kernel]}
     if device.type != "cuda":
         return heuristic
