@@ -128,7 +128,8 @@ class LaMDA(Scaled):
         other = dataclasses.replace(self, frozen_columns=frozen)
         whole = basis["U"].clone()
         if self._trains_b:
-            whole[:, self.frozen_columns :] = theta["B"].to(whole.dtype)
+            fresh = theta["B"][:, : frozen - self.frozen_columns]
+            whole[:, self.frozen_columns : frozen] = fresh.to(whole.dtype)
         leaves = {"S": theta["S"]}
         if other._trains_b:
             leaves["B"] = theta["B"][:, frozen - self.frozen_columns :]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fednano.adapters import AdapterLayer, Algebra, Basis, create, names, philox, sites
 from fednano.errors import ConfigError, ModelError
@@ -338,23 +340,46 @@ def test_rank_out_of_range(case: object) -> None:
         AdapterLayer(too_much, c.module_and_site("linear")[1], seed=0)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*Function.*should not be instantiated:DeprecationWarning"
-)  # torch's compiler does
-@pytest.mark.parametrize("case", {case.name: case for case in c.CASES}.values(), ids=lambda case: case.name)
-def test_checkpointing_and_compile(case: object) -> None:
-    layer = c.move(c.build(case, "linear"))
+def _same_gradients(layer: AdapterLayer, run: Callable[[Tensor], Tensor]) -> None:
     x = c.inputs(layer.site).requires_grad_()
+    layer.zero_grad()
     layer(x).square().sum().backward()
     plain = {name: value.grad.clone() for name, value in layer.theta.items()}
-    for run in (
-        lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False),
-        torch.compile(layer, backend="eager", fullgraph=True),
-    ):
-        layer.zero_grad()
-        run(x).square().sum().backward()
-        for name, value in layer.theta.items():
-            torch.testing.assert_close(value.grad, plain[name], rtol=1e-5, atol=1e-6)
+    layer.zero_grad()
+    run(x).square().sum().backward()
+    for name, value in layer.theta.items():
+        torch.testing.assert_close(value.grad, plain[name], rtol=1e-5, atol=1e-6)
+
+
+one_of_each = pytest.mark.parametrize(
+    "case", {case.name: case for case in c.CASES}.values(), ids=lambda case: case.name
+)
+compiling = pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")
+
+
+@every
+def test_gradient_checkpointing(case: object) -> None:
+    layer = c.move(c.build(case, "linear"))
+    _same_gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=False))
+
+
+@compiling
+@one_of_each
+def test_compiles_without_graph_breaks(case: object) -> None:
+    layer = c.move(c.build(case, "linear"))
+    _same_gradients(layer, torch.compile(layer, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@compiling
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "bridge"])
+@every
+def test_compiles_with_its_backward(case: object, kind: str) -> None:
+    if not c.fits(case, kind):
+        pytest.skip("another kind of site")
+    layer = c.move(c.build(case, kind))
+    _same_gradients(layer, torch.compile(layer, backend="aot_eager", fullgraph=True))
     torch._dynamo.reset()
 
 
