@@ -27,29 +27,23 @@ sum(factors)`` plus one rounding to the leaf's dtype.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fednano.aggregation.chunks import CHUNK, SCRATCH, U64, walk, zeros
 from fednano.aggregation.update import Refusal
 from fednano.errors import ConfigError
 
 __all__ = ["FixedSum", "Grid", "add_weighted"]
 
-CHUNK = (
-    32768  # elements: the scratch stays in a core's second-level cache, and calls cost little beside the work
-)
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.float64(_MAGIC).view(np.uint64))
 _MAGIC_TENSOR = torch.tensor(_MAGIC, dtype=torch.float64)
 _RING = 1 << 64
-
-U64 = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -93,22 +87,6 @@ class Grid:
         return math.ldexp(1.0, self.exponent + self.bits)
 
 
-def _zeros(size: int) -> U64:
-    """Zeros in pages of their own, which go back to the system when the array goes.
-
-    From the heap, an accumulator freed at the end of a round leaves holes that the next round's tensors may not fit.
-    """
-    return np.frombuffer(mmap.mmap(-1, max(8 * size, 8)), np.uint64, count=size)
-
-
-class _Scratch:
-    """A buffer of doubles, and its bit patterns."""
-
-    def __init__(self, size: int) -> None:
-        self.values = torch.empty(size, dtype=torch.float64)
-        self.ring: U64 = self.values.numpy().view(np.uint64)
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """A piece of one leaf: its place, and the accumulator's view of it."""
@@ -121,9 +99,10 @@ class _Chunk:
 class FixedSum:
     """A running sum ``sum_k factor_k * x_k`` over named tensors, exact on its grid.
 
-    Memory: 8 bytes an element, whatever the number of terms, and one buffer of `CHUNK` doubles. Successive
-        terms walk the
-    chunks in opposite directions, so that half of the accumulator is still in the cache when the next term starts.
+    Memory: 8 bytes an element, whatever the number of terms, and buffers of `CHUNK` elements per thread.
+        Successive terms
+    walk the chunks in opposite directions, so that half of the accumulator is still in the cache when the next
+    starts.
 
     Args:
         grid: the shared exponent.
@@ -134,13 +113,12 @@ class FixedSum:
         self.grid = grid
         self.shapes = dict(shapes)
         self.count = 0
-        self._ring: dict[str, U64] = {k: _zeros(math.prod(s)) for k, s in self.shapes.items()}
+        self._ring: dict[str, U64] = {k: zeros(math.prod(s)) for k, s in self.shapes.items()}
         self._chunks = [
             _Chunk(name, slice(start, min(start + CHUNK, ring.size)), ring[start : start + CHUNK])
             for name, ring in self._ring.items()
             for start in range(0, ring.size, CHUNK)
         ]
-        self._scratch = _Scratch(min(CHUNK, max((r.size for r in self._ring.values()), default=0)))
 
     def add(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Add ``factor * values``: all of it or, when refused, nothing of it.
@@ -158,31 +136,21 @@ class FixedSum:
         limit = self.limit(factor)
         scaled = math.ldexp(factor, -self.grid.exponent)
         order = self.order()
-        for done, chunk in enumerate(order):
-            x = flat[chunk.name][chunk.place]
-            try:
-                check_chunk(x, limit)
-            except Refusal:
-                # Integers: taking off what was added restores the bits.
-                for undo in order[:done]:
-                    np.subtract(undo.ring, self._pattern(flat[undo.name][undo.place], scaled), out=undo.ring)
-                raise
-            np.add(chunk.ring, self._pattern(x, scaled), out=chunk.ring)
+        for chunk in order:  # before anything is added, so nothing has to be taken off
+            check_chunk(flat[chunk.name][chunk.place], limit)
+
+        def work(chunk: _Chunk) -> None:
+            np.add(chunk.ring, _pattern(flat[chunk.name][chunk.place], scaled), out=chunk.ring)
+
+        walk(order, work)
         self.count += 1
 
     def remove(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Take off what `add` put in with the same arguments; the bits become what they were."""
         flat, scaled = self.flat(values), math.ldexp(factor, -self.grid.exponent)
         for chunk in self._chunks:
-            np.subtract(chunk.ring, self._pattern(flat[chunk.name][chunk.place], scaled), out=chunk.ring)
+            np.subtract(chunk.ring, _pattern(flat[chunk.name][chunk.place], scaled), out=chunk.ring)
         self.count -= 1
-
-    def _pattern(self, x: Tensor, scaled: float) -> U64:
-        """Bit patterns ``bits(C) + round(scaled * x)`` of a chunk, in the scratch buffer."""
-        first = self._scratch.values[: x.numel()]
-        first.copy_(x)
-        torch.add(_MAGIC_TENSOR, first, alpha=scaled, out=first)
-        return self._scratch.ring[: x.numel()]
 
     def _room(self) -> None:
         if self.count >= self.grid.clients:
@@ -256,6 +224,14 @@ class FixedSum:
         return torch.from_numpy(steps)
 
 
+def _pattern(x: Tensor, scaled: float) -> U64:
+    """Bit patterns ``bits(C) + round(scaled * x)`` of a chunk, in this thread's buffer."""
+    first = SCRATCH.first[: x.numel()]
+    first.copy_(x)
+    torch.add(_MAGIC_TENSOR, first, alpha=scaled, out=first)
+    return SCRATCH.first_bits[: x.numel()]
+
+
 def check_chunk(x: Tensor, limit: float) -> None:
     """Refuse a vector with an element that is not finite or above ``limit`` in absolute value."""
     # The sum of squares is one fast pass and bounds every element. It overflows to infinity, never to less.
@@ -304,23 +280,24 @@ def add_weighted(
     xs, ws = numerator.flat(values), denominator.flat(weights)
     for chunk in numerator._chunks:  # before anything is added, so nothing has to be taken off
         check_chunk(xs[chunk.name][chunk.place], limit)
-    above, below = numerator._scratch, denominator._scratch
-    narrow = torch.empty(above.values.numel(), dtype=torch.float32)
-    for up, down in zip(numerator.order(), denominator.order(), strict=True):
+
+    def work(pair: tuple[_Chunk, _Chunk]) -> None:
+        up, down = pair
         x, w, size = xs[up.name][up.place], ws[up.name][up.place], up.ring.size
         low, high = clamps[up.name]
-        first, second = above.values[:size], below.values[:size]
+        first, second = SCRATCH.first[:size], SCRATCH.second[:size]
         if w.dtype == torch.float32:
-            second.copy_(torch.clamp(w, low, high, out=narrow[:size]))
+            second.copy_(torch.clamp(w, low, high, out=SCRATCH.narrow[:size]))
         else:
             torch.clamp(w.double(), low, high, out=second)
         first.copy_(x)
-        factor = factors[up.name]
-        torch.addcmul(
-            _MAGIC_TENSOR, first, second, value=math.ldexp(factor, -numerator.grid.exponent), out=first
-        )
-        np.add(up.ring, above.ring[:size], out=up.ring)
-        torch.add(_MAGIC_TENSOR, second, alpha=math.ldexp(factor, -denominator.grid.exponent), out=second)
-        np.add(down.ring, below.ring[:size], out=down.ring)
+        above = math.ldexp(factors[up.name], -numerator.grid.exponent)
+        below = math.ldexp(factors[up.name], -denominator.grid.exponent)
+        torch.addcmul(_MAGIC_TENSOR, first, second, value=above, out=first)
+        np.add(up.ring, SCRATCH.first_bits[:size], out=up.ring)
+        torch.add(_MAGIC_TENSOR, second, alpha=below, out=first)
+        np.add(down.ring, SCRATCH.first_bits[:size], out=down.ring)
+
+    walk(list(zip(numerator.order(), denominator.order(), strict=True)), work)
     numerator.count += 1
     denominator.count += 1

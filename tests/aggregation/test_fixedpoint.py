@@ -169,6 +169,27 @@ def test_add_and_remove_restore_the_bits() -> None:
     assert total.count == 1
 
 
+def test_threads_do_not_change_the_bits() -> None:
+    g = torch.Generator().manual_seed(2)
+    shapes = {"a": (150_001,), "b": (7, 11_003)}
+    terms = [{n: torch.randn(s, generator=g) for n, s in shapes.items()} for _ in range(3)]
+    weights = {n: torch.rand(s, generator=g) for n, s in shapes.items()}
+    before, seen = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            plain, top, below = (FixedSum(Grid.covering(64.0, 4), shapes) for _ in range(3))
+            for x in terms:
+                plain.add(x, 1.7)
+                add_weighted(
+                    top, below, x, weights, {"a": 1.0, "b": 2.0}, dict.fromkeys(shapes, (0.1, 0.9)), 16.0
+                )
+            seen.add(b"".join(s.integers()[n].numpy().tobytes() for s in (plain, top, below) for n in shapes))
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("bound", "clients"), [(0.0, 1), (-1.0, 1), (math.nan, 1), (math.inf, 1), (1.0, 0), (1.0, 2**41)]
 )
