@@ -55,9 +55,11 @@ def simulate(
     settings: dict[str, Any],
 ) -> None:
     """Tune adapters over simulated clients on this machine, and report."""
-    from fednano.federation.config import RunConfig
+    from fednano.federation.config import RunConfig, check_backend
     from fednano.runs import make_view
 
+    # Everything that can be said without loading torch is said before.
+    check_backend(backend)
     config = RunConfig.from_mapping(settings)
     view = make_view("quiet" if as_json else progress)
     from fednano.federation.simulation import simulate as run
@@ -78,10 +80,13 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print question and answer as JSON.")] = False,
 ) -> None:
     """Ask a tuned model."""
+    from fednano.runs import RunFolder
+
+    path = str(RunFolder.open(run, root=runs_dir).path)
     from fednano.federation.answer import answer
 
     text = answer(
-        run, question, image=image, max_new_tokens=max_new_tokens, untuned=untuned, runs_dir=Path(runs_dir)
+        path, question, image=image, max_new_tokens=max_new_tokens, untuned=untuned, runs_dir=Path(runs_dir)
     )
     typer.echo(json.dumps({"question": question, "answer": text}) if as_json else text)
 

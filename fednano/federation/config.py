@@ -16,9 +16,19 @@ from typing import Any
 
 from fednano.errors import ConfigError
 
-__all__ = ["RunConfig", "Scalar"]
+__all__ = ["BACKENDS", "RunConfig", "Scalar", "check_backend"]
 
 Scalar = bool | int | float | str
+
+BACKENDS = ("ray", "inprocess")
+"""How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no start-up
+cost, one client at a time."""
+
+
+def check_backend(name: str) -> None:
+    """Raise ConfigError unless ``name`` is one of :data:`BACKENDS`."""
+    if name not in BACKENDS:
+        raise ConfigError(f"backend is {name!r}; expected one of {', '.join(BACKENDS)}.")
 
 
 def _setting(default: Scalar, text: str) -> Any:

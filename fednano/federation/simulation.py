@@ -10,16 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fednano.errors import ConfigError, FednanoError
+from fednano.errors import FednanoError
 from fednano.federation.apps import client_app, make_server_app
-from fednano.federation.config import RunConfig
+from fednano.federation.config import RunConfig, check_backend
 from fednano.federation.exchange import Stop
 from fednano.runs import RunView
 
-__all__ = ["BACKENDS", "simulate"]
-
-BACKENDS = ("ray", "inprocess")
-"""``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no start-up cost, one client at a time."""
+__all__ = ["simulate"]
 
 
 def simulate(
@@ -29,7 +26,7 @@ def simulate(
 
     Args:
         config: the run's settings; ``config.clients`` clients are simulated.
-        backend: one of :data:`BACKENDS`. Both give the same bits.
+        backend: a name in :data:`fednano.federation.config.BACKENDS`. Both give the same bits.
         view: what the user sees; by default chosen from the terminal.
         verbose: show Flower's own log.
 
@@ -40,8 +37,7 @@ def simulate(
         FednanoError: the run cannot start or go on.
         Interrupted: Ctrl-C; the run folder keeps what was done.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}.")
+    check_backend(backend)
     stop = Stop()
     with _ctrl_c(stop), _flower_log(verbose):
         if backend == "inprocess":

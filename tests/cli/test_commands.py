@@ -1,0 +1,131 @@
+"""The command line: quick to answer, clear about mistakes, documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fednano.cli.commands import app
+from fednano.cli.failure import EXIT_HOST, EXIT_INTERRUPTED, EXIT_MISTAKE, reported
+from fednano.cli.flower_simulation import parse_run_config, run_app
+from fednano.errors import ConfigError, HostUnavailable, Interrupted, RunError
+from fednano.federation.config import RunConfig
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+
+
+def fednano(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BIN / "fednano"), *words], capture_output=True, text=True, cwd=folder, check=False, timeout=120
+    )
+
+
+def test_help_comes_without_loading_torch_or_flower() -> None:
+    heavy = "('torch', 'flwr', 'transformers')"
+    code = f"import sys, fednano.cli.commands; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+    best = min(_timed_help() for _ in range(3))
+    assert best < 2.0  # half a second on an idle machine; tests share theirs
+
+
+def _timed_help() -> float:
+    began = time.perf_counter()
+    assert fednano("--help").returncode == 0
+    return time.perf_counter() - began
+
+
+def test_simulate_has_an_option_for_every_setting() -> None:
+    text = CliRunner().invoke(app, ["simulate", "--help"], env={"COLUMNS": "200"}).output
+    for key in RunConfig().to_mapping():
+        assert f"--{key}" in text, key
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["simulate", "--clients", "0"], "clients is 0; expected at least 1"),
+        (["simulate", "--alpha", "-1"], "alpha is -1.0; expected a positive number"),
+        (["simulate", "--backend", "spark"], "backend is 'spark'; expected one of ray, inprocess"),
+        (["generate", "nowhere", "what is it?"], "no run 'nowhere'"),
+        (["report", "nowhere"], "no run 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(words: list[str], message: str, tmp_path: Path) -> None:
+    done = fednano(*words, folder=tmp_path)
+    assert done.returncode == EXIT_MISTAKE
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+
+
+def test_an_unknown_option_is_named() -> None:
+    result = CliRunner().invoke(app, ["simulate", "--learning-rte", "1"])
+    assert result.exit_code == 2
+    assert "--learning-rate" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), EXIT_MISTAKE),
+        (RunError("x"), EXIT_MISTAKE),
+        (HostUnavailable("x"), EXIT_HOST),
+        (Interrupted("x"), EXIT_INTERRUPTED),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, reported():
+        raise error
+    assert ended.value.code == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_message_that_was_shown_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RunError("told already")
+    error.shown = True
+    with pytest.raises(SystemExit), reported():
+        raise error
+    assert capsys.readouterr().err == ""
+
+
+def test_strategies_and_adapters_are_listed() -> None:
+    for command, names in (("strategies", {"fedavg", "fisher"}), ("adapters", {"nano", "lora"})):
+        result = CliRunner().invoke(app, [command, "--json"])
+        rows = json.loads(result.output)
+        assert names <= {str(next(iter(row.values()))) for row in rows}
+        assert CliRunner().invoke(app, [command]).exit_code == 0
+
+
+class TestFlowerSimulation:
+    def test_run_config_is_read_as_flower_writes_it(self) -> None:
+        text = """rounds=3 rule="fisher" alpha=0.5 baselines=true"""
+        assert parse_run_config(text) == {"rounds": 3, "rule": "fisher", "alpha": 0.5, "baselines": True}
+        with pytest.raises(ConfigError, match="expected settings such as"):
+            parse_run_config("rounds")
+
+    def test_no_app(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no Flower app"):
+            run_app(tmp_path, 2)
+        (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+        with pytest.raises(ConfigError, match="does not describe a Flower app"):
+            run_app(tmp_path, 2)
+        with pytest.raises(ConfigError, match="--num-supernodes is 0"):
+            run_app(tmp_path, 0)
+
+    def test_somebody_elses_app(self, tmp_path: Path) -> None:
+        (tmp_path / "other_app_of_test.py").write_text("server = client = object()\n")
+        (tmp_path / "pyproject.toml").write_text(
+            "[tool.flwr.app.components]\nserverapp = 'other_app_of_test:server'\n"
+            "clientapp = 'other_app_of_test:client'\n"
+        )
+        with pytest.raises(ConfigError, match="client app of its own"):
+            run_app(tmp_path, 2)
