@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -226,30 +227,28 @@ def test_sltrain_beats_low_rank_alone(seed: int) -> None:
 
 
 def test_shira_switches_faster_than_a_lora_is_fused() -> None:
-    d, r = 1024, 16
+    """Against ``W += B A``, as adapter libraries fuse; the same number of parameters, 0.8 % of the weight."""
+    d, r = 2048, 8
     weight = torch.randn(d, d)
     site = Site("w", "linear", d, d)
     lora = AdapterLayer(create("lora", rank=r), site, seed=0, weight=weight)
     shira = AdapterLayer(create("shira", rank=r), site, seed=0, weight=weight)
     assert lora.parameter_count() == shira.parameter_count()
     a, b = lora.theta["A"].detach(), torch.randn(d, r)
-    values, positions = torch.randn(shira.parameter_count()), shira.basis["positions"]
+    values, positions = torch.randn(shira.parameter_count()), shira.basis["positions"].sort().values
 
-    def fuse(target: Tensor) -> None:
-        target += b @ a
+    def fuse() -> None:
+        weight.add_(b @ a)
 
-    def seconds(kind: str) -> float:
-        target, runs = weight.clone(), []
+    def seconds(call: Callable[[], object]) -> float:
+        runs = []
         for _ in range(15):
             start = time.perf_counter()
-            if kind == "lora":
-                fuse(target)
-            else:
-                switch(target, values, positions)
+            call()
             runs.append(time.perf_counter() - start)
-        return min(runs)
+        return min(runs)  # the least disturbed run
 
-    assert seconds("shira") < seconds("lora")
+    assert seconds(lambda: switch(weight, values, positions)) < seconds(fuse)
 
 
 def test_shira_switch_restores_the_bits() -> None:
@@ -388,8 +387,8 @@ def test_tlora_by_explicit_traces() -> None:
     with torch.no_grad():
         for value in layer.theta.values():
             value.add_(0.3 * torch.randn(value.shape))
-    t, theta = layer.adapter.transform(layer.site, layer.theta), layer.theta
-    residual = layer.adapter.residual(layer.site, layer.theta)
+    theta = {name: value.detach() for name, value in layer.theta.items()}
+    t, residual = layer.adapter.transform(layer.site, theta), layer.adapter.residual(layer.site, theta)
     for i1, i2, j1, j2 in ((0, 1, 2, 0), (2, 0, 1, 1)):
         trace = torch.trace(theta["T0"][i1, j1] @ theta["T1"][i2, j2])
         assert float(t[2 * i1 + i2, 2 * j1 + j2]) == pytest.approx(float(trace), rel=1e-4)
