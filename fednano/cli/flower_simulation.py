@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shlex
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from fednano.errors import ConfigError
+from fednano.federation.config import RunConfig, parse_settings
 
 __all__ = ["main", "run_app"]
 
@@ -55,10 +55,13 @@ def run_app(folder: Path, supernodes: int, run_config: str = "", *, verbose: boo
             f"{project} does not describe a Flower app ({error}). Expected [tool.flwr.app.components] with serverapp "
             "and clientapp."
         ) from error
-    settings = {**flower.get("config", {}), **parse_run_config(run_config), "clients": supernodes}
+    settings = {
+        **flower.get("config", {}),
+        **parse_settings(run_config, "--run-config"),
+        "clients": supernodes,
+    }
     apps = [_load(folder, reference) for reference in (server, client)]
     from fednano.federation.apps import client_app
-    from fednano.federation.config import RunConfig
     from fednano.federation.simulation import simulate
 
     if apps[1] is not client_app:
@@ -66,23 +69,6 @@ def run_app(folder: Path, supernodes: int, run_config: str = "", *, verbose: boo
             f"the app in {folder} has a client app of its own ({client}); this command runs fednano's. Use `flwr run`."
         )
     return simulate(RunConfig.from_mapping(settings), verbose=verbose)
-
-
-def parse_run_config(text: str) -> dict[str, Any]:
-    """``'rounds=3 rule="fisher"'`` as TOML values, the way `flwr run --run-config` writes them.
-
-    Raises:
-        ConfigError: the text is not a list of settings.
-    """
-    settings: dict[str, Any] = {}
-    for word in shlex.split(text, posix=False):
-        try:
-            settings |= tomllib.loads(word)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(
-                f"--run-config has {word!r}; expected settings such as 'rounds=3 rule=\"fisher\"' ({error})."
-            ) from error
-    return settings
 
 
 def _load(folder: Path, reference: str) -> Any:

@@ -10,19 +10,42 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import shlex
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fednano.errors import ConfigError
 
-__all__ = ["BACKENDS", "RunConfig", "Scalar", "check_backend"]
+__all__ = ["BACKENDS", "RunConfig", "Scalar", "check_backend", "parse_settings"]
 
 Scalar = bool | int | float | str
 
 BACKENDS = ("ray", "inprocess")
-"""How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no start-up
-cost, one client at a time."""
+"""How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no
+start-up cost, one client at a time."""
+
+
+def parse_settings(text: str, where: str) -> dict[str, Any]:
+    """``'rounds=3 rule="fisher"'`` as TOML values, the way `flwr run --run-config` writes them.
+
+    Args:
+        text: settings, separated by spaces.
+        where: what the text is, for the error message.
+
+    Raises:
+        ConfigError: the text is not a list of settings.
+    """
+    settings: dict[str, Any] = {}
+    for word in shlex.split(text, posix=False):
+        try:
+            settings |= tomllib.loads(word)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                f"{where} has {word!r}; expected settings such as 'rounds=3 rule=\"fisher\"' ({error})."
+            ) from error
+    return settings
 
 
 def check_backend(name: str) -> None:
@@ -58,6 +81,9 @@ class RunConfig:
     rank: int = _setting(16, "adapter rank")
     activation: str = _setting("linear", "non-linearity of the NanoAdapter: 'linear' or 'gelu'")
     scale: float = _setting(1.0, "factor on the adapter's output")
+    adapter_options: str = _setting(
+        "", "further options of the adapter: 'alpha=8 dropout=0.1'; see `fednano adapters`"
+    )
     streams: str = _setting("image,text", "where adapters stand: 'image', 'text' or 'image,text'")
     # Local training
     rounds: int = _setting(10, "federated rounds")
@@ -128,9 +154,15 @@ class RunConfig:
             raise ConfigError(f"fraction is {self.fraction}; expected a number above 0 and at most 1.")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
+        parse_settings(self.adapter_options, "adapter-options")
         names = self.stream_names
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
+
+    @property
+    def adapter_settings(self) -> dict[str, Scalar]:
+        """``adapter_options`` as values."""
+        return parse_settings(self.adapter_options, "adapter-options")
 
     @property
     def stream_names(self) -> list[str]:

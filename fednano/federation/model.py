@@ -39,7 +39,7 @@ def build_adapter(config: RunConfig) -> Adapter:
         raise ConfigError(
             f"activation is {config.activation!r}, which adapter {config.adapter!r} does not have; only 'nano' does."
         )
-    return create(config.adapter, **options)
+    return create(config.adapter, **{**options, **config.adapter_settings})
 
 
 def build_edge(config: RunConfig) -> NanoEdge:

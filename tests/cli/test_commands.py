@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from fednano.cli.commands import app
 from fednano.cli.failure import EXIT_HOST, EXIT_INTERRUPTED, EXIT_MISTAKE, reported
-from fednano.cli.flower_simulation import parse_run_config, run_app
+from fednano.cli.flower_simulation import run_app
 from fednano.errors import ConfigError, HostUnavailable, Interrupted, RunError
-from fednano.federation.config import RunConfig
+from fednano.federation.config import RunConfig, parse_settings
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
@@ -108,9 +108,9 @@ def test_strategies_and_adapters_are_listed() -> None:
 class TestFlowerSimulation:
     def test_run_config_is_read_as_flower_writes_it(self) -> None:
         text = """rounds=3 rule="fisher" alpha=0.5 baselines=true"""
-        assert parse_run_config(text) == {"rounds": 3, "rule": "fisher", "alpha": 0.5, "baselines": True}
+        assert parse_settings(text, "x") == {"rounds": 3, "rule": "fisher", "alpha": 0.5, "baselines": True}
         with pytest.raises(ConfigError, match="expected settings such as"):
-            parse_run_config("rounds")
+            parse_settings("rounds", "--run-config")
 
     def test_no_app(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no Flower app"):
