@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fednano bench kernels", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the results file here")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--tune", action="store_true", help="search block sizes and rewrite the table first")
+    parser.add_argument(
+        "--tune", nargs="?", const="", metavar="NAME", help="first search block sizes (of NAME only)"
+    )
     parser.add_argument(
         "--table", type=Path, help="where the tuned table goes; the package's own if not given"
     )

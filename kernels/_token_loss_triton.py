@@ -113,7 +113,9 @@ def _kernel(
         best = tl.max(rival, 0)
         # Lanes know in which tile they saw it first. In the earliest of these, take the lowest column among equals:
         # the answer does not depend on the block size.
+        # A row with NaN has no best; then the first tile is looked through in vain.
         tile = tl.min(tl.where(rival == best, rival_at, 2147483647), 0)
+        tile = tl.where(tile < V, tile, 0)
         near = tl.load(z_row + tile + at, mask=tile + at < V, other=low).to(tl.float32)
         hit = (near == best) & (tile + at != label)
         best_at = tl.min(tl.min(tl.where(hit, tile + at, 2147483647), 1), 0)

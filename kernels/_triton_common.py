@@ -13,6 +13,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """``a b + acc`` in float32. The interpreter holds bfloat16 as raw bits, so there the operands are widened first."""
     if PRECISION == "widen":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if PRECISION == "ieee":
+        # A sum of blocks errs less than one long chain of additions, which is what these products otherwise are.
+        return acc + tl.dot(a, b, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
