@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,29 +103,32 @@ def kernel(out, seed, plane, N: tl.constexpr):
         word = a if lane == 0 else (b if lane == 1 else (c if lane == 2 else d))
         tl.store(out + lane * N + offset, word.to(tl.int64))
     tl.store(out + 4 * N + offset, tl.randint(seed, offset).to(tl.uint32).to(tl.int64))
-out = torch.zeros(5 * 16, dtype=torch.int64)
+out = torch.zeros(5 * 16, dtype=torch.int64, device=sys.argv[3])
 kernel[(1,)](out, int(sys.argv[1]), int(sys.argv[2]), N=16)
 print(" ".join(str(int(word) & 0xFFFFFFFF) for word in out))
 """
 
 
-def test_triton_gives_the_same_words(tmp_path: object) -> None:
-    pytest.importorskip("triton")
-    k = philox.key(11, "bridge", "A")
-    script = str(tmp_path) + "/words.py"
-    with open(script, "w") as file:  # noqa: PTH123 - Triton reads the kernel's source back from a file
-        file.write(SCRIPT)
-    # A process of its own: the interpreter must be chosen before Triton is imported.
-    signed = k - 2**64 if k >= 2**63 else k
+def _triton_words(folder: Path, k: int, plane: int, device: str) -> torch.Tensor:
+    """Run the kernel in a process of its own: interpreter or compiler must be chosen before Triton is imported."""
+    script = folder / "words.py"  # Triton reads a kernel's source back from its file
+    script.write_text(SCRIPT)
     run = subprocess.run(
-        [sys.executable, script, str(signed), "2"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, str(script), str(philox.signed(k)), str(plane), device],
+        env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    got = torch.tensor([int(word) for word in run.stdout.split()]).view(5, 16)
+    return torch.tensor([int(word) for word in run.stdout.split()]).view(5, 16)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_triton_gives_the_same_words(device: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    k = philox.key(11, "bridge", "A")
+    got = _triton_words(tmp_path, k, 2, device)
     assert torch.equal(got[:4], philox.words(k, 16, planes=4, first=8))
     assert torch.equal(got[4], philox.words(k, 16)[0])
 
