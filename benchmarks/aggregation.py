@@ -3,9 +3,8 @@
     python benchmarks/aggregation.py            # everything, minutes
     python benchmarks/aggregation.py --quick    # fewer updates, no dense reference, nothing written
 
-Speed is measured twice: CPU time of one thread, which other work on the machine disturbs least, and wall time with
-as many threads as torch uses by default (Flower's FedAvg uses one). Ratios are medians over interleaved
-repetitions; gates take the wall time. Memory is the rise of the process's peak resident size, in updates of 1 MB (float32).
+Times are CPU time of one thread, so that other work on the machine disturbs them little; ratios are medians
+over interleaved repetitions. Memory is the rise of the process's peak resident size, in updates of 1 MB (float32).
 """
 
 from __future__ import annotations
@@ -88,11 +87,11 @@ def merge(rule: str, spec: Spec, stream: Iterator[Update]) -> Leaves:
     return chosen.finish(state)
 
 
-def timed(work: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Seconds by a clock."""
-    start = clock()
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of CPU time."""
+    start = time.process_time()
     work()
-    return clock() - start
+    return time.process_time() - start
 
 
 def status_bytes(key: str) -> int:
@@ -123,10 +122,8 @@ def measure_memory(rule: str, count: int) -> dict[str, Any]:
     }
 
 
-def measure_speed(held: int, repeats: int, threads: int) -> list[dict[str, Any]]:
+def measure_speed(held: int, repeats: int) -> list[dict[str, Any]]:
     """Per update: Flower's FedAvg, ours, and Fisher, interleaved on the same arrays."""
-    torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -152,7 +149,7 @@ def measure_speed(held: int, repeats: int, threads: int) -> list[dict[str, Any]]
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, work in contenders.items():
-            times[name].append(timed(work, clock) / held)
+            times[name].append(timed(work) / held)
     rows: list[dict[str, Any]] = []
     for name, measured in times.items():
         base = times["flower_fedavg"]
@@ -161,8 +158,6 @@ def measure_speed(held: int, repeats: int, threads: int) -> list[dict[str, Any]]
                 "measure": "speed",
                 "rule": name,
                 "updates": held,
-                "threads": threads,
-                "clock": "cpu" if threads == 1 else "wall",
                 "milliseconds_per_update": 1e3 * statistics.median(measured),
                 "times_faster_than_flower": statistics.median(
                     b / m for b, m in zip(base, measured, strict=True)
@@ -253,17 +248,14 @@ def main() -> None:
         "--quick", action="store_true", help="fewer updates, no dense reference, nothing written"
     )
     quick = parser.parse_args().quick
-    cores = torch.get_num_threads()
     torch.set_num_threads(1)
     count, held, repeats = (300, 32, 3) if quick else (10_000, 256, 9)
     memory = measure_memory("fedavg", count)
     fisher_memory = measure_memory("fisher", max(count // 10, 100))
-    one = measure_speed(held, repeats, 1)
-    speed = measure_speed(held, repeats, max(cores, 2))
-    torch.set_num_threads(1)
+    speed = measure_speed(held, repeats)
     products = measure_products(100, 16, 1024 if quick else 4096, dense=not quick)
     sizes = measure_bytes()
-    rows = [memory, fisher_memory, *one, *speed, products, *sizes]
+    rows = [memory, fisher_memory, *speed, products, *sizes]
     for row in rows:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     if quick:

@@ -17,7 +17,8 @@ __all__ = ["ALGEBRAS", "algebra_name", "check_combination", "default_rule", "rul
 
 ALGEBRAS = ("affine", "multilinear", "nonlinear")
 
-_DEFAULTS = {"affine": "fedavg", "multilinear": "fedavg", "nonlinear": "fedavg"}
+# Affine: the mean is exact. Products: merge the products. Behind a non-linearity neither is exact, and the mean streams.
+_DEFAULTS = {"affine": "fedavg", "multilinear": "flexlora", "nonlinear": "fedavg"}
 
 
 def algebra_name(algebra: str | Enum) -> str:

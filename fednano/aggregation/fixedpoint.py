@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fednano.aggregation.chunks import CHUNK, SCRATCH, U64, walk, zeros
+from fednano.aggregation.chunks import CHUNK, SCRATCH, U64, zeros
 from fednano.aggregation.update import Refusal
 from fednano.errors import ConfigError
 
@@ -87,15 +87,6 @@ class Grid:
         return math.ldexp(1.0, self.exponent + self.bits)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A piece of one leaf: its place, and the accumulator's view of it."""
-
-    name: str
-    place: slice
-    ring: U64
-
-
 class FixedSum:
     """A running sum ``sum_k factor_k * x_k`` over named tensors, exact on its grid.
 
@@ -114,11 +105,10 @@ class FixedSum:
         self.shapes = dict(shapes)
         self.count = 0
         self._ring: dict[str, U64] = {k: zeros(math.prod(s)) for k, s in self.shapes.items()}
-        self._chunks = [
-            _Chunk(name, slice(start, min(start + CHUNK, ring.size)), ring[start : start + CHUNK])
+        self._pieces: dict[str, list[U64]] = {
+            name: [ring[start : start + CHUNK] for start in range(0, ring.size, CHUNK)]
             for name, ring in self._ring.items()
-            for start in range(0, ring.size, CHUNK)
-        ]
+        }
 
     def add(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Add ``factor * values``: all of it or, when refused, nothing of it.
@@ -135,21 +125,19 @@ class FixedSum:
         flat = self.flat(values)
         limit = self.limit(factor)
         scaled = math.ldexp(factor, -self.grid.exponent)
-        order = self.order()
-        for chunk in order:  # before anything is added, so nothing has to be taken off
-            check_chunk(flat[chunk.name][chunk.place], limit)
-
-        def work(chunk: _Chunk) -> None:
-            np.add(chunk.ring, _pattern(flat[chunk.name][chunk.place], scaled), out=chunk.ring)
-
-        walk(order, work)
+        for x in flat.values():  # before anything is added, so nothing has to be taken off
+            check_values(x, limit)
+        for name in self.order():
+            for ring, x in zip(self._pieces[name], torch.split(flat[name], CHUNK), strict=False):
+                np.add(ring, _pattern(x, scaled), out=ring)
         self.count += 1
 
     def remove(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Take off what `add` put in with the same arguments; the bits become what they were."""
         flat, scaled = self.flat(values), math.ldexp(factor, -self.grid.exponent)
-        for chunk in self._chunks:
-            np.subtract(chunk.ring, _pattern(flat[chunk.name][chunk.place], scaled), out=chunk.ring)
+        for name, pieces in self._pieces.items():
+            for ring, x in zip(pieces, torch.split(flat[name], CHUNK), strict=False):
+                np.subtract(ring, _pattern(x, scaled), out=ring)
         self.count -= 1
 
     def _room(self) -> None:
@@ -173,9 +161,9 @@ class FixedSum:
             raise Refusal("weight", f"got a factor of {factor}, expected a finite number")
         return self.grid.bound / abs(factor) if factor else math.inf
 
-    def order(self) -> list[_Chunk]:
-        """The chunks, in the direction of this term."""
-        return self._chunks[::-1] if self.count % 2 else self._chunks
+    def order(self) -> list[str]:
+        """The leaves, in the direction of this term."""
+        return list(reversed(self.shapes)) if self.count % 2 else list(self.shapes)
 
     def integers(self) -> dict[str, Tensor]:
         """The sums in steps, ``int64``, shaped as at construction: the elements that secure aggregation masks."""
@@ -204,8 +192,7 @@ class FixedSum:
         return out
 
     def _release(self, name: str) -> None:
-        # The chunks are views of the accumulator and would keep it.
-        self._chunks = [chunk for chunk in self._chunks if chunk.name != name]
+        self._pieces[name] = []  # they are views of the accumulator and would keep it
         self._ring[name] = np.zeros(0, np.uint64)
         self.grid = replace(self.grid, clients=0)
 
@@ -225,14 +212,15 @@ class FixedSum:
 
 
 def _pattern(x: Tensor, scaled: float) -> U64:
-    """Bit patterns ``bits(C) + round(scaled * x)`` of a chunk, in this thread's buffer."""
-    first = SCRATCH.first[: x.numel()]
+    """Bit patterns ``bits(C) + round(scaled * x)`` of at most `CHUNK` elements, in this thread's buffer."""
+    size = x.numel()
+    first = SCRATCH.view("first", size)
     first.copy_(x)
     torch.add(_MAGIC_TENSOR, first, alpha=scaled, out=first)
-    return SCRATCH.first_bits[: x.numel()]
+    return SCRATCH.bits(size)
 
 
-def check_chunk(x: Tensor, limit: float) -> None:
+def check_values(x: Tensor, limit: float) -> None:
     """Refuse a vector with an element that is not finite or above ``limit`` in absolute value."""
     # The sum of squares is one fast pass and bounds every element. It overflows to infinity, never to less.
     fast = x.dtype in (torch.float32, torch.float64)
@@ -278,26 +266,29 @@ def add_weighted(
     """
     numerator._room()
     xs, ws = numerator.flat(values), denominator.flat(weights)
-    for chunk in numerator._chunks:  # before anything is added, so nothing has to be taken off
-        check_chunk(xs[chunk.name][chunk.place], limit)
-
-    def work(pair: tuple[_Chunk, _Chunk]) -> None:
-        up, down = pair
-        x, w, size = xs[up.name][up.place], ws[up.name][up.place], up.ring.size
-        low, high = clamps[up.name]
-        first, second = SCRATCH.first[:size], SCRATCH.second[:size]
-        if w.dtype == torch.float32:
-            second.copy_(torch.clamp(w, low, high, out=SCRATCH.narrow[:size]))
-        else:
-            torch.clamp(w.double(), low, high, out=second)
-        first.copy_(x)
-        above = math.ldexp(factors[up.name], -numerator.grid.exponent)
-        below = math.ldexp(factors[up.name], -denominator.grid.exponent)
-        torch.addcmul(_MAGIC_TENSOR, first, second, value=above, out=first)
-        np.add(up.ring, SCRATCH.first_bits[:size], out=up.ring)
-        torch.add(_MAGIC_TENSOR, second, alpha=below, out=first)
-        np.add(down.ring, SCRATCH.first_bits[:size], out=down.ring)
-
-    walk(list(zip(numerator.order(), denominator.order(), strict=True)), work)
+    for x in xs.values():  # before anything is added, so nothing has to be taken off
+        check_values(x, limit)
+    for name in numerator.order():
+        (low, high), factor = clamps[name], factors[name]
+        above = math.ldexp(factor, -numerator.grid.exponent)
+        below = math.ldexp(factor, -denominator.grid.exponent)
+        pieces = zip(numerator._pieces[name], denominator._pieces[name], strict=True)
+        parts = zip(torch.split(xs[name], CHUNK), torch.split(ws[name], CHUNK), strict=True)
+        for (up, down), (x, w) in zip(pieces, parts, strict=False):
+            size = x.numel()
+            first, second, bits = (
+                SCRATCH.view("first", size),
+                SCRATCH.view("second", size),
+                SCRATCH.bits(size),
+            )
+            if w.dtype == torch.float32:
+                second.copy_(torch.clamp(w, low, high, out=SCRATCH.view("narrow", size, torch.float32)))
+            else:
+                torch.clamp(w.double(), low, high, out=second)
+            first.copy_(x)
+            torch.addcmul(_MAGIC_TENSOR, first, second, value=above, out=first)
+            np.add(up, bits, out=up)
+            torch.add(_MAGIC_TENSOR, second, alpha=below, out=first)
+            np.add(down, bits, out=down)
     numerator.count += 1
     denominator.count += 1

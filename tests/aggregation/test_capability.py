@@ -20,6 +20,7 @@ from fednano.aggregation import (
     rule_names,
     rule_table,
 )
+from fednano.aggregation.rule import Seen
 from fednano.errors import ConfigError
 
 
@@ -88,6 +89,16 @@ def test_defaults_fit(algebra: Algebra) -> None:
     check_combination(default_rule(algebra), algebra)
     check_combination(create_rule("fedadam", over="fisher"), algebra, secure_aggregation=True)
     assert default_rule(algebra.value) == default_rule(algebra)
+
+
+def test_names_of_clients_are_kept_small() -> None:
+    seen = Seen()
+    for k in range(500):
+        seen.add(f"client-{k}")
+        seen.add(f"client-{k}")
+    assert len(seen) == 500
+    assert all(f"client-{k}" in seen for k in range(500))
+    assert "client-500" not in seen
 
 
 def test_unknown_algebra() -> None:
