@@ -8,7 +8,8 @@ from statistics import fmean
 
 from fednano.aggregation import Rule, check_combination, create_rule
 from fednano.errors import ConfigError
-from fednano.federation.config import RunConfig
+from fednano.federation.client_task import ADVICE
+from fednano.federation.config import RunConfig, parse_settings
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
 
 __all__ = ["BaselineResult", "build_rule", "run_baselines"]
@@ -57,9 +58,20 @@ def build_rule(config: RunConfig, name: str) -> Rule:
     """A merge rule by name, with the options that the run's settings give it.
 
     Raises:
-        ConfigError: no rule has that name.
+        ConfigError: no rule has that name, it has no such option, or it needs something of the clients that runs
+            cannot give it yet.
     """
-    return create_rule(name, **({"floor": config.fisher_floor} if name == "fisher" else {}))
+    options = parse_settings(config.rule_options, "rule-options") if name == config.rule else {}
+    rule = create_rule(name, **options)
+    needs = sorted({key for number in (1, 2) for key in rule.client_config(number)} - ADVICE)
+    if type(rule).downlink is not Rule.downlink:
+        needs.append("more than the adapter on the way down")
+    if needs:
+        raise ConfigError(
+            f"rule {name!r} needs of the clients: {', '.join(needs)}. Runs cannot give it that yet; as a library it is "
+            "in fednano.aggregation. Choose another rule, such as 'fedavg', 'fisher' or 'flexlora'."
+        )
+    return rule
 
 
 def _other_rule(fed: Federation, name: str, start: Leaves) -> BaselineResult:

@@ -95,9 +95,9 @@ class RunConfig:
     proximal_mu: float = _setting(0.0, "FedProx: pull towards the round's starting adapters")
     clip_norm: float = _setting(0.0, "largest gradient norm of a step; 0 = no clipping")
     # Federation
-    rule: str = _setting("fedavg", "how updates are merged: 'fedavg' or 'fisher'")
+    rule: str = _setting("fedavg", "how updates are merged, by name: see `fednano strategies`")
+    rule_options: str = _setting("", "options of the rule: 'floor=0.1 clip=16'")
     fisher_samples: int = _setting(128, "samples for a client's diagonal Fisher")
-    fisher_floor: float = _setting(0.1, "least Fisher value, as a share of its mean")
     fraction: float = _setting(1.0, "share of the clients that take part in each round")
     min_replies: int = _setting(1, "a round with fewer valid updates keeps the old adapters")
     max_abs: float = _setting(100.0, "an update with a larger absolute value is refused")
@@ -155,6 +155,7 @@ class RunConfig:
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
         parse_settings(self.adapter_options, "adapter-options")
+        parse_settings(self.rule_options, "rule-options")
         names = self.stream_names
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
@@ -212,7 +213,7 @@ _AT_LEAST = {
     "seed": 0,
 }
 _POSITIVE = ("alpha", "learning_rate", "max_abs", "round_timeout", "join_timeout", "host_retry")
-_NON_NEGATIVE = ("weight_decay", "proximal_mu", "clip_norm", "fisher_floor")
+_NON_NEGATIVE = ("weight_decay", "proximal_mu", "clip_norm")
 _CHOICES = {
     "partition": ("dirichlet", "iid"),
     "activation": ("linear", "gelu"),

@@ -274,6 +274,12 @@ class TestBadInput:
             ({"adapter": "lore"}, ConfigError, "lore"),
             ({"rank": 161}, ConfigError, "rank"),
             ({"rule": "fedavgg"}, ConfigError, "fedavgg"),
+            ({"rule": "scaffold"}, ConfigError, "needs of the clients: control_variates"),
+            ({"rule": "fedex"}, ConfigError, "more than the adapter on the way down"),
+            ({"rule": "fisher", "rule_options": "flor=1"}, ConfigError, "no option flor"),
+            ({"adapter_options": "alpha=8"}, ConfigError, "no option 'alpha'"),
+            ({"adapter": "lora-sb"}, ConfigError, "needs stats"),
+            ({"alpha": 1e-3}, (DataError, RunError), "alpha"),
             ({"dataset": "/no/such/folder"}, (DataError, RunError), "no/such/folder"),
             (
                 {"host_address": "127.0.0.1:9", "placement": "split", "host_retry": 0.5},
@@ -304,3 +310,15 @@ class TestBadInput:
         assert events.count("gone.png") == 2
         assert "train.jsonl:161" in events
         assert "test.jsonl:25" in events
+
+
+@pytest.mark.parametrize("rule", ["fedadam", "median", "flexlora", "ties"])
+def test_other_rules_run_too(rule: str, run: Run) -> None:
+    assert adapter_bytes(run(rule=rule)) != adapter_bytes(run(rule="fedavg"))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lora-xs", "shira", "loca"])
+def test_other_adapters_run_too(adapter: str, run: Run) -> None:
+    summary = json.loads((run(adapter=adapter) / "summary.json").read_text())
+    payload = summary["parameters"]["trainable"] * 4
+    assert payload < summary["bytes"]["adapter_up_per_client_round"] < payload + 1500
