@@ -15,10 +15,11 @@
 from fednano.adapters.adapter_set import AdapterSet, Plan, plan, wire_leaves
 from fednano.adapters.attach import attach, group_sites, select, sites_of
 from fednano.adapters.checkpoint import attach_checkpoint, load_checkpoint, read_checkpoint, save_checkpoint
+from fednano.adapters.checks import fingerprint_of
 from fednano.adapters.convlora import ConvLoRA
 from fednano.adapters.dense import Dense
 from fednano.adapters.lamda import LaMDA
-from fednano.adapters.layer import AdapterLayer, fingerprint_of
+from fednano.adapters.layer import AdapterLayer
 from fednano.adapters.loca import LoCA
 from fednano.adapters.lora import FFA, LoRA
 from fednano.adapters.method import Method

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from fednano.adapters import sites
+from fednano.adapters import checks, sites
 from fednano.adapters.protocol import Adapter, Basis, Leaf, Site, Tensors
 from fednano.errors import ModelError, UpdateRefused
 
-__all__ = ["AdapterLayer", "fingerprint_of"]
-
-
-def fingerprint_of(adapter: Adapter, site: Site, basis: Mapping[str, Tensor]) -> str:
-    """Hex sha256 of adapter spec, site, and basis bytes (floats as float32, integers as int64, little
-    endian)."""
-    digest = hashlib.sha256(adapter.spec.encode())
-    digest.update(
-        f"|{site.name}|{site.kind}|{site.d_out}x{site.d_in}|{site.kernel}|{site.group_size}".encode()
-    )
-    for name in sorted(basis):
-        value = basis[name].detach().cpu()
-        value = value.to(torch.float32 if value.is_floating_point() else torch.int64).contiguous()
-        digest.update(f"|{name}|{tuple(value.shape)}|".encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
+__all__ = ["AdapterLayer"]
 
 
 class AdapterLayer(nn.Module):
@@ -91,7 +75,7 @@ class AdapterLayer(nn.Module):
         if basis is None:
             self._set_basis(adapter.freeze(site, source, seed, stats))
         else:
-            self._set_basis(self._checked_basis(basis))
+            self._set_basis(checks.checked_basis(adapter, site, basis))
         start = adapter.start(site, seed, self.export_basis(everything=True), source)
         self.theta = nn.ParameterDict(
             {name: (shared or {}).get(name, nn.Parameter(value)) for name, value in start.items()}
@@ -239,14 +223,7 @@ class AdapterLayer(nn.Module):
 
     def check_leaf(self, name: str, value: Tensor) -> None:
         """Raise ModelError unless ``value`` has the leaf's shape and finite floating-point numbers."""
-        expected = self.leaves()[name].shape
-        where = f"site {self.site.name!r}, leaf {name!r}"
-        if tuple(value.shape) != expected or not value.is_floating_point():
-            raise ModelError(
-                f"{where}: got shape {tuple(value.shape)}, {value.dtype}; expected {expected}, floating point. "
-                "The leaves belong to another model or rank"
-            )
-        _require_finite(where, value)
+        checks.check_leaf(self.site, name, self.leaves()[name], value)
 
     def parameter_count(self) -> int:
         """Number of trainable numbers, shared and personal, from metadata."""
@@ -260,7 +237,7 @@ class AdapterLayer(nn.Module):
 
     def fingerprint(self) -> str:
         """Hex sha256 of the adapter's spec, the site and the basis bytes."""
-        return fingerprint_of(self.adapter, self.site, self.basis)
+        return checks.fingerprint_of(self.adapter, self.site, self.basis)
 
     def require_fingerprint(self, got: str) -> None:
         """Raise UpdateRefused unless ``got`` is this layer's fingerprint."""
@@ -278,31 +255,6 @@ class AdapterLayer(nn.Module):
             return {}
         return {name: value.detach().cpu().clone() for name, value in self.basis.items()}
 
-    def _checked_basis(self, basis: Mapping[str, Tensor]) -> Tensors:
-        expected = self.adapter.frozen(self.site)
-        if set(basis) != set(expected):
-            raise ModelError(
-                f"site {self.site.name!r}: got basis leaves {sorted(basis)}; expected {sorted(expected)} "
-                f"for adapter {self.adapter.spec}"
-            )
-        for name, leaf in expected.items():
-            value = basis[name]
-            where = f"site {self.site.name!r}, basis leaf {name!r}"
-            if tuple(value.shape) != leaf.shape:
-                raise ModelError(
-                    f"{where}: got shape {tuple(value.shape)}; expected {leaf.shape}. The basis belongs "
-                    "to another model or rank"
-                )
-            if value.is_floating_point() != leaf.dtype.is_floating_point or (
-                value.is_floating_point() and value.dtype.itemsize < 4
-            ):
-                raise ModelError(
-                    f"{where}: got {value.dtype}; expected {leaf.dtype}. A basis must keep every bit: "
-                    "ship it without casting"
-                )
-            _require_finite(where, value)
-        return {name: value.detach().clone() for name, value in basis.items()}
-
     def load_basis(self, basis: Mapping[str, Tensor], fingerprint: str | None = None) -> None:
         """Replace the frozen leaves by shipped ones.
 
@@ -314,8 +266,8 @@ class AdapterLayer(nn.Module):
             ModelError: wrong names, shapes, dtypes, non-finite values, or another fingerprint than
                 promised (both are named).
         """
-        checked = self._checked_basis(basis)
-        got = fingerprint_of(self.adapter, self.site, checked)
+        checked = checks.checked_basis(self.adapter, self.site, basis)
+        got = checks.fingerprint_of(self.adapter, self.site, checked)
         if fingerprint is not None and got != fingerprint:
             raise ModelError(
                 f"site {self.site.name!r}: the shipped basis has fingerprint {got}, expected {fingerprint}; "
@@ -441,11 +393,3 @@ def _identity(x: Tensor) -> Tensor:
 
 def _apply_weight(site: Site, weight: Tensor, x: Tensor) -> Tensor:
     return sites.apply(site, x, sites.flat(site, weight))
-
-
-def _require_finite(where: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        bad = int((~torch.isfinite(value)).sum())
-        raise ModelError(
-            f"{where}: {bad} of {value.numel()} numbers are NaN or Inf; expected finite numbers only"
-        )

@@ -3,8 +3,7 @@
 A seeded basis is shared by agreeing on a seed, so every client must draw the same bits from it, on a CPU,
 on a GPU in torch, or inside a Triton kernel. Sequential generators cannot promise that (torch's CPU and
 CUDA streams differ); Philox4x32-10 can: output ``i`` is a pure integer function of a key and a counter
-(Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011).
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
 The mapping, in full, so that a kernel can reproduce it:
 
@@ -14,8 +13,7 @@ The mapping, in full, so that a kernel can reproduce it:
 * **Counter.** Element ``e`` of plane ``k`` is word ``k % 4`` of counter ``(e, k // 4, 0, 0)``, all 32 bit.
   A plain tensor has one plane and is numbered row-major, so element ``e`` is ``tl.randint(key, e)``; a
   stack of K tensors (``planes=True``) has one plane per tensor, so that one Philox call serves four of
-  them. Triton must be given 32-bit
-  counters: with 64-bit ones ``tl.philox`` becomes Philox4x64.
+  them. Triton must be given 32-bit counters: with 64-bit ones ``tl.philox`` becomes Philox4x64.
 * **Uniform.** ``m = 2 * (word >> 8) - (2**24 - 1)`` is an odd integer in (-2**24, 2**24), exact in
   float32. The value is ``float32(m) * float32(bound / 2**24)``: one correctly rounded product, symmetric,
   never 0 or +-bound.

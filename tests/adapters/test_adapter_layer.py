@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from fednano.adapters import AdapterLayer, Site, create, names, options
@@ -119,6 +121,63 @@ def test_merged_bridge_and_double_merge() -> None:
 def test_gelu_says_why_it_cannot_merge() -> None:
     with pytest.raises(ModelError, match=r"act='gelu' .*'bridge.image' is not one matrix"):
         bridge(act="gelu").merge()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["lora", "lora-xs", "shira", "dense"]),
+    channels=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    groups=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+)
+def test_any_convolution_is_changed_by_its_delta(
+    name: str,
+    channels: tuple[int, int],
+    groups: int,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> None:
+    conv = nn.Conv2d(
+        channels[0] * groups,
+        channels[1] * groups,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        dtype=torch.float64,
+    )
+    options = {} if name == "dense" else {"rank": 1}
+    layer = AdapterLayer(create(name, **options), Site.of("c", conv), seed=0, base=conv)
+    perturb(layer).double()
+    x = torch.randn(2, channels[0] * groups, 6, 7, dtype=torch.float64)
+    kernels = conv.weight + layer.delta().view_as(conv.weight)
+    expected = nn.functional.conv2d(x, kernels, conv.bias, stride, padding, dilation, groups)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["lora", "nano", "svfit", "loca", "randlora", "nola"]),
+    sizes=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    batch=st.lists(st.integers(0, 3), max_size=3),
+)
+def test_any_linear_shape_is_changed_by_its_delta(
+    name: str, sizes: tuple[int, int], batch: list[int]
+) -> None:
+    options: dict[str, object] = {"count": 3} if name == "loca" else {"rank": 2}
+    if name == "nola":
+        options |= {"coefficients_a": 3, "coefficients_b": 5}
+    weight = torch.randn(sizes[1], sizes[0])
+    layer = AdapterLayer(create(name, **options), Site("w", "linear", *sizes), seed=0, weight=weight)
+    perturb(layer).double()
+    x = torch.randn(*batch, sizes[0], dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ (weight.double() + layer.delta()).T, rtol=1e-9, atol=1e-10)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------
