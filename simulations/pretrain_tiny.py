@@ -52,7 +52,7 @@ class Recipe:
 
 
 FULL = Recipe(
-    encoder=Schedule(steps=2500, batch=64, rate=1e-3), language=Schedule(steps=1600, batch=32, rate=1e-3)
+    encoder=Schedule(steps=2500, batch=64, rate=1e-3), language=Schedule(steps=1600, batch=32, rate=7e-4)
 )
 SMOKE = Recipe(
     encoder=Schedule(steps=4, batch=8, rate=1e-3, warmup=2),

@@ -71,13 +71,14 @@ def _wedge(u: Floats, v: Floats) -> Floats:
 
 def _star(u: Floats, v: Floats) -> Floats:
     sector = np.float32(2 * np.pi / 5)
-    angle = np.arctan2(u, -v)
-    folded = np.abs(angle - sector * np.round(angle / sector))
-    radius = np.sqrt(u * u + v * v)
+    angle: Floats = np.arctan2(u, -v)
+    folded: Floats = np.abs(angle - sector * np.round(angle / sector))
+    radius: Floats = np.sqrt(u * u + v * v)
     # The edge runs from the tip at (1, 0) to the notch at radius 0.45 and half a sector.
     notch = np.array([0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)])
     normal = np.array([notch[1], 1.0 - notch[0]]) / np.hypot(notch[1], 1.0 - notch[0])
-    across, along = radius * np.cos(folded) - 1.0, radius * np.sin(folded)
+    across: Floats = radius * np.cos(folded) - np.float32(1.0)
+    along: Floats = radius * np.sin(folded)
     out: Floats = across * np.float32(normal[0]) + along * np.float32(normal[1])
     return out
 
