@@ -17,7 +17,7 @@ __all__ = ["ALGEBRAS", "algebra_name", "check_combination", "default_rule", "rul
 
 ALGEBRAS = ("affine", "multilinear", "nonlinear")
 
-# Affine: the mean is exact. Products: merge the products. Behind a non-linearity neither is exact, and the mean streams.
+# Affine: the mean is exact. Products: merge them. Behind a non-linearity neither is exact, and the mean streams.
 _DEFAULTS = {"affine": "fedavg", "multilinear": "flexlora", "nonlinear": "fedavg"}
 
 

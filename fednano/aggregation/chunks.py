@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["CHUNK", "SCRATCH", "U64", "Scratch", "zeros"]
 
-CHUNK = 65536  # elements: the buffers stay in a core's second-level cache, and a call costs little beside its work
+CHUNK = 32768  # elements: the buffers stay in a core's second-level cache, and a call costs little beside its work
 
 U64 = npt.NDArray[np.uint64]
 

@@ -44,6 +44,7 @@ _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.float64(_MAGIC).view(np.uint64))
 _MAGIC_TENSOR = torch.tensor(_MAGIC, dtype=torch.float64)
 _RING = 1 << 64
+_PIECE = 16384  # elements read out at a time: their temporaries count in the peak of memory
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ class FixedSum:
     def write(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
         """One sum divided by ``divisor``, rounded once to ``dtype``; needs no float64 copy of the whole leaf."""
         out = torch.empty(self._ring[name].size, dtype=dtype)
-        for start in range(0, out.numel(), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, out.numel(), _PIECE):
+            part = slice(start, start + _PIECE)
             out[part] = self._exact(name, part) / divisor
         return out.reshape(self.shapes[name])
 
@@ -199,8 +200,8 @@ class FixedSum:
     def ratio(self, name: str, below: FixedSum, dtype: torch.dtype) -> Tensor:
         """One sum divided elementwise by the same leaf of another, rounded once to ``dtype``."""
         out = torch.empty(self._ring[name].size, dtype=dtype)
-        for start in range(0, out.numel(), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, out.numel(), _PIECE):
+            part = slice(start, start + _PIECE)
             out[part] = self._exact(name, part) / below._exact(name, part)
         return out.reshape(self.shapes[name])
 
