@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fednano.errors import ConfigError
 __all__ = ["NOLA", "combine"]
 
 _ELEMENTS = 1 << 22  # random numbers held at once while combining
+_STORED = 1 << 23  # with store="auto", random numbers that a site may keep: 32 MiB
 
 
 def _planes(coefficients: Tensor, key: Tensor, n: int, start: int, stop: int) -> Tensor:
@@ -85,14 +86,16 @@ class NOLA(Scaled):
     """``delta = s B A`` with ``A = A_0 + sum_k a_k A_k`` and ``B = sum_k b_k B_k``, a = b = 0 at first. Parameters:
     ``coefficients_a + coefficients_b``, whatever the shape and the rank.
 
-    ``A_0`` is Kaiming-uniform and frozen; the ``A_k``, ``B_k`` are never stored. The random matrices of B are
-    numbered rank by rank, so ranks that stay keep their function when the rank changes; new ranks use the same
-    coefficients and therefore add something at once.
+    ``A_0`` is Kaiming-uniform and frozen; the ``A_k``, ``B_k`` follow from the seed and need not be stored. The
+    random matrices of B are numbered rank by rank, so ranks that stay keep their function when the rank changes;
+    new ranks use the same coefficients and therefore add something at once.
 
     Attributes:
         coefficients_a: number of random matrices in A.
         coefficients_b: number of random matrices in B.
         frozen_a: keep ``A = A_0`` and train b only: updates then average exactly.
+        store: ``never`` draws the random matrices anew in every forward and backward pass; ``always`` keeps them in
+            memory (they are never shipped); ``auto`` keeps them at sites where they are small.
     """
 
     grows_silently = False
@@ -100,6 +103,7 @@ class NOLA(Scaled):
     coefficients_a: int = 1024
     coefficients_b: int = 1024
     frozen_a: bool = False
+    store: Literal["auto", "always", "never"] = "auto"
 
     def validate(self) -> None:
         """Check the options."""
@@ -139,11 +143,29 @@ class NOLA(Scaled):
         keys = [philox.signed(philox.key(seed, site.name, name)) for name in ("a", "b")]
         return {**super().freeze(site, weight, seed, stats), "keys": torch.tensor(keys)}
 
-    def _factors(self, site: Site, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
-        a = basis["A0"]
+    def derive(self, site: Site, basis: Tensors) -> Tensors:
+        """The random matrices ``(k, r d)``, where they are stored."""
+        sizes = {"b": (self.coefficients_b, self.rank * site.d_out)}
         if not self.frozen_a:
-            a = a + combine(theta["a"], basis["keys"][0], (self.rank, site.d_in))
-        return a, combine(theta["b"], basis["keys"][1], (self.rank, site.d_out)).T
+            sizes["a"] = (self.coefficients_a, self.rank * site.d_in)
+        total = sum(k * n for k, n in sizes.values())
+        if self.store == "never" or (self.store == "auto" and total > _STORED):
+            return {}
+        return {
+            f"planes_{name}": philox.uniform(
+                basis["keys"]["ab".index(name)], (k, n), 1 / math.sqrt(k), planes=True
+            )
+            for name, (k, n) in sizes.items()
+        }
+
+    def _combined(self, name: str, theta: Tensors, basis: Tensors, width: int) -> Tensor:
+        if f"planes_{name}" in basis:
+            return (theta[name] @ basis[f"planes_{name}"]).view(self.rank, width)
+        return combine(theta[name], basis["keys"]["ab".index(name)], (self.rank, width))
+
+    def _factors(self, site: Site, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
+        a = basis["A0"] if self.frozen_a else basis["A0"] + self._combined("a", theta, basis, site.d_in)
+        return a, self._combined("b", theta, basis, site.d_out).T
 
     def delta(self, site: Site, theta: Tensors, basis: Tensors, weight: Tensor | None) -> Tensor:
         """``s B A``."""

@@ -113,19 +113,24 @@ class TLoRA(Method):
 
     def transform(self, site: Site, theta: Tensors) -> Tensor:
         """T ``(d_in, d_in)``."""
+        if self.factors == 1:
+            return torch.einsum("abxx->ab", theta["T0"])
         whole = theta["T0"]
-        for d in range(1, self.factors):
+        for d in range(1, self.factors - 1):
             whole = torch.einsum("abxy,cdyz->acbdxz", whole, theta[f"T{d}"])
-            a, c, b, e, x, z = whole.shape
-            whole = whole.reshape(a * c, b * e, x, z)
-        return torch.einsum("abxx->ab", whole)
+            whole = whole.flatten(0, 1).flatten(1, 2)
+        # The last product closes the ring: the (d_in, d_in, R, R) tensor is never formed.
+        return torch.einsum("abxy,cdyx->acbd", whole, theta[f"T{self.factors - 1}"]).reshape(
+            site.d_in, site.d_in
+        )
 
     def residual(self, site: Site, theta: Tensors) -> Tensor:
         """D ``(d_out, d_in)``."""
-        whole = theta["D0"]
-        for d in range(1, 2 * self.factors):
-            whole = torch.einsum("axy,byz->abxz", whole, theta[f"D{d}"]).flatten(0, 1)
-        return torch.einsum("axx->a", whole).reshape(site.d_out, site.d_in)
+        first, second = theta["D0"], theta[f"D{self.factors}"]
+        for d in range(1, self.factors):
+            first = torch.einsum("axy,byz->abxz", first, theta[f"D{d}"]).flatten(0, 1)
+            second = torch.einsum("axy,byz->abxz", second, theta[f"D{self.factors + d}"]).flatten(0, 1)
+        return torch.einsum("axy,byx->ab", first, second)
 
     def delta(self, site: Site, theta: Tensors, basis: Tensors, weight: Tensor | None) -> Tensor:
         """``W (T - I) + D``; at a bridge W is the identity."""

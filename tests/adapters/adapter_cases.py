@@ -75,8 +75,9 @@ CASES = [
     Case("lamda", lambda site: 4 * site.d_out + 16, {"rank": 4, "alpha": 8.0}),
     Case("lamda", lambda site: 3 * site.d_out + 16, {"rank": 4, "frozen_columns": 1}),
     Case("lamda", lambda site: 16, {"rank": 4, "frozen_columns": 4}),
+    Case("nola", lambda site: 11, {"rank": 4, "coefficients_a": 5, "coefficients_b": 6, "store": "never"}),
     Case("nola", lambda site: 11, {"rank": 4, "coefficients_a": 5, "coefficients_b": 6}),
-    Case("nola", lambda site: 6, {"rank": 4, "coefficients_b": 6, "frozen_a": True}),
+    Case("nola", lambda site: 6, {"rank": 4, "coefficients_b": 6, "frozen_a": True, "store": "never"}),
     Case("randlora", _randlora(3), {"rank": 3, "alpha": 6.0}),
     Case(
         "randlora",

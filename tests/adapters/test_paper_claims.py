@@ -89,13 +89,27 @@ def test_nola_size_does_not_depend_on_rank_or_shape() -> None:
 
 
 def test_nola_regenerates_what_it_does_not_store() -> None:
-    layer = AdapterLayer(
-        create("nola", rank=8, coefficients_a=64, coefficients_b=64), Site("w", "linear", 64, 64), seed=0
-    )
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        layer(torch.randn(4, 64)).sum()
-    assert max(saved) < 64 * 8 * 64 / 8  # one set of random matrices would be 64 x (8 x 64)
+    site, options = Site("w", "linear", 64, 64), {"rank": 8, "coefficients_a": 64, "coefficients_b": 64}
+    layers = [
+        AdapterLayer(create("nola", store=store, **options), site, seed=0) for store in ("never", "always")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in "ab":
+            noise = torch.randn(64, generator=generator)
+            for layer in layers:
+                layer.theta[name].copy_(noise)
+    saved: list[list[int]] = []
+    for layer in layers:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):
+            layer(torch.ones(4, 64)).square().sum().backward()
+        saved.append(sizes)
+    assert max(saved[0]) < 64 * 8 * 64 / 8 < max(saved[1]) == 64 * 8 * 64
+    torch.testing.assert_close(layers[0].delta(), layers[1].delta())
+    torch.testing.assert_close(layers[0].theta["b"].grad, layers[1].theta["b"].grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
