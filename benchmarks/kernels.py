@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from fednano_kernels import _tuning
 
-    from benchmarks import kernels_adapters, kernels_lora, kernels_losses, kernels_timing
+    from benchmarks import kernels_adapters, kernels_lora, kernels_losses, kernels_sparse, kernels_timing
     from benchmarks.kernels_report import Report
     from benchmarks.results import write_results
 
@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         "lora_linear": kernels_lora.lora_cases,
         "linear_token_loss": kernels_losses.loss_cases,
         "flat_adamw": kernels_losses.adamw_cases,
+        "scatter_seeded": kernels_sparse.sparse_cases,
     }
     for name, case in cases.items():
-        if options.only in name:
+        if any(part in name for part in options.only.split(",")):
             start = time.monotonic()
             case(report)
             torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import subprocess
@@ -24,9 +25,13 @@ def _capture(run: Variant, sets: int) -> Callable[[], None]:
     """One graph that runs every set once."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(sets):
-            run(i)
+        _call(run, sets)
     return graph.replay
+
+
+def _call(run: Variant, sets: int) -> None:
+    for i in range(sets):
+        run(i)
 
 
 def measure(
@@ -43,7 +48,7 @@ def measure(
     """
     bodies: dict[str, Callable[[], None]] = {}
     repeats: dict[str, int] = {}
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
     def once(name: str) -> float:
         torch.cuda.synchronize()
@@ -52,11 +57,11 @@ def measure(
             bodies[name]()
         stop.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(stop) / (repeats[name] * sets)
+        return float(start.elapsed_time(stop)) / (repeats[name] * sets)
 
     for name, run in variants.items():
         try:
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for i in (*range(sets), *range(sets)):
@@ -66,7 +71,7 @@ def measure(
             if graph:
                 bodies[name] = _capture(run, sets)
             else:
-                bodies[name] = lambda run=run: [run(i) for i in range(sets)] and None  # type: ignore[misc]
+                bodies[name] = functools.partial(_call, run, sets)
         except Exception as error:
             print(
                 f"  {name} left out ({'graph' if graph else 'eager'}): {type(error).__name__}: {str(error)[:300]}"

@@ -68,11 +68,11 @@ def _survivors(parts: list[_Part], lines: list[str]) -> dict[str, list[Config]]:
 
 
 def tune(path: Path, only: str = "", log: Path | None = None) -> None:
-    """Time every candidate of every job whose name contains ``only``; merge the best into the table at ``path``.
+    """Time every candidate of every job whose name contains a word of ``only`` (by commas); the best go into the table.
 
     The table is read again after every job, because later jobs build on earlier ones.
     """
-    jobs = {name: job for name, job in all_jobs().items() if only in name}
+    jobs = {name: job for name, job in all_jobs().items() if any(part in name for part in only.split(","))}
     lines: list[str] = []
     parts = [
         _Part(name, configs[i::2])

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fednano_kernels import adapter_grad_fisher, flat_adamw_, grouped_adapter, lora_linear, nano_adapter
+from fednano_kernels import (
+    Support,
+    adapter_grad_fisher,
+    flat_adamw_,
+    grouped_adapter,
+    lora_linear,
+    nano_adapter,
+    scatter_delta,
+)
 
 from benchmarks.kernels_adapters import FISHER_SHAPES, NANO_SHAPES, randn
 from benchmarks.kernels_lora import CLIENTS, LORA_SHAPES, TOKENS, WIDTH
+from benchmarks.kernels_sparse import ENTRIES, SCATTER_ROWS
 from benchmarks.kernels_timing import Variant, sets_for
 
 Config = dict[str, int]
@@ -24,36 +33,29 @@ def grid(**axes: tuple[int, ...]) -> list[Config]:
     return configs
 
 
-def _sweeps(d: int, r: int) -> list[Config]:
-    """Candidates of shrink_expand: small row blocks with deep pipelines, large ones, and columns held in registers."""
-    found = grid(BLOCK_M=(16,), BLOCK_K=(256,), num_warps=(4,), STAGES=(3, 4, 6, 8))
+def _sweeps(r: int) -> list[Config]:
+    """Candidates of shrink_expand: small row blocks with deep pipelines, and large ones that read P and Q less."""
+    found = grid(BLOCK_M=(16,), BLOCK_K=(256,), num_warps=(4,), STAGES=(4, 6, 8))
     found += grid(BLOCK_M=(32,), BLOCK_K=(128,), num_warps=(4,), STAGES=(4, 8))
     found += grid(BLOCK_M=(32,), BLOCK_K=(256,), num_warps=(4, 8), STAGES=(3, 4, 6))
     found += grid(BLOCK_M=(64,), BLOCK_K=(128,), num_warps=(4, 8), STAGES=(3, 4, 5))
-    if d <= 1024:
-        found += grid(BLOCK_M=(16, 32), BLOCK_K=(128,), num_warps=(4, 8), STAGES=(2,), HOLD=(d // 128,))
-        found += grid(BLOCK_M=(16, 32), BLOCK_K=(256,), num_warps=(4, 8), STAGES=(2,), HOLD=(d // 256,))
-        found += grid(BLOCK_M=(64,), BLOCK_K=(128,), num_warps=(8,), STAGES=(2,), HOLD=(d // 128,))
-    else:
-        found += grid(BLOCK_M=(16,), BLOCK_K=(256,), num_warps=(4,), STAGES=(4,), HOLD=(4, 8))
-        found += grid(BLOCK_M=(32,), BLOCK_K=(256,), num_warps=(8,), STAGES=(3,), HOLD=(2, 4, 6))
-        found += grid(BLOCK_M=(64,), BLOCK_K=(128,), num_warps=(8,), STAGES=(3,), HOLD=(2, 4))
+    found += grid(BLOCK_M=(64,), BLOCK_K=(256,), num_warps=(4, 8), STAGES=(2, 3, 4))
+    found += grid(BLOCK_M=(128,), BLOCK_K=(128,), num_warps=(8,), STAGES=(2, 3))
     return [c for c in found if c["STAGES"] * (c["BLOCK_M"] + max(r, 16)) * c["BLOCK_K"] * 2 <= SHARED_LIMIT]
 
 
 def _gradients(r: int) -> list[Config]:
-    found = grid(BLOCK_M=(128,), BLOCK_K=(64,), SPLITS=(2, 4, 8), num_warps=(4,), STAGES=(3, 4))
-    found += grid(BLOCK_M=(32, 64), BLOCK_K=(128,), SPLITS=(2, 4, 8), num_warps=(4,), STAGES=(3, 4))
+    found = grid(BLOCK_M=(128,), BLOCK_K=(64,), SPLITS=(1, 2, 4, 8), num_warps=(4,), STAGES=(3, 4))
+    found += grid(BLOCK_M=(32, 64), BLOCK_K=(128,), SPLITS=(1, 2, 4, 8), num_warps=(4,), STAGES=(3, 4))
     found += grid(BLOCK_M=(64,), BLOCK_K=(128,), SPLITS=(4, 8), num_warps=(8,), STAGES=(3,))
-    found += grid(BLOCK_M=(32, 64), BLOCK_K=(256,), SPLITS=(4, 8), num_warps=(8,), STAGES=(3,))
     return [c for c in found if c["STAGES"] * (c["BLOCK_K"] + max(r, 16)) * c["BLOCK_M"] * 2 <= SHARED_LIMIT]
 
 
-def _loss_tiles(v: int) -> list[Config]:
-    found = grid(BLOCK=(4096,), num_warps=(8, 16), STAGES=(1, 3))
-    found += grid(BLOCK=(8192,), num_warps=(8, 16, 32), STAGES=(1, 2, 3, 4))
-    found += grid(BLOCK=(16384,), num_warps=(16, 32), STAGES=(1, 2, 3))
-    return found + (grid(BLOCK=(32768,), num_warps=(16, 32), STAGES=(1,)) if v <= 32768 else [])
+def _loss_tiles() -> list[Config]:
+    found = grid(BLOCK=(4096,), num_warps=(8,), STAGES=(1, 2, 3, 4))
+    found += grid(BLOCK=(8192,), num_warps=(8, 16, 32), STAGES=(1, 3, 4))
+    found += grid(BLOCK=(16384,), num_warps=(16, 32), STAGES=(1, 3))
+    return found
 
 
 def _nano(m: int, d: int, r: int, backward: bool) -> Make:
@@ -148,6 +150,19 @@ def _grouped(r: int) -> Make:
     return make
 
 
+def _scatter(m: int) -> Make:
+    def make() -> tuple[Variant, int]:
+        support = Support.build(torch.randperm(WIDTH * WIDTH, device="cuda")[:ENTRIES], (WIDTH, WIDTH))
+        sets = sets_for(2 * m * WIDTH * 2)
+        values, xs = randn(ENTRIES).requires_grad_(), [randn(m, WIDTH).requires_grad_() for _ in range(sets)]
+        grad = randn(m, WIDTH)
+        return lambda i: torch.autograd.grad(
+            scatter_delta(xs[i], values, support), (xs[i], values), grad
+        ), sets
+
+    return make
+
+
 def _adamw(n: int) -> Make:
     def make() -> tuple[Variant, int]:
         w, m, v, fisher, g = (torch.rand(n, device="cuda") for _ in range(5))
@@ -161,30 +176,34 @@ def all_jobs() -> dict[str, tuple[str, list[Config], Make]]:
     """name -> (kernel, candidates, how to make the timed function), in an order where later ones build on earlier."""
     jobs: dict[str, tuple[str, list[Config], Make]] = {}
     for m, d, r in NANO_SHAPES:
-        jobs[f"nano_adapter forward {m} {d} {r}"] = ("shrink_expand", _sweeps(d, r), _nano(m, d, r, False))
-        jobs[f"nano_adapter backward {m} {d} {r}"] = ("shrink_expand", _sweeps(d, r), _nano(m, d, r, True))
+        jobs[f"nano_adapter forward {m} {d} {r}"] = ("shrink_expand", _sweeps(r), _nano(m, d, r, False))
+        jobs[f"nano_adapter backward {m} {d} {r}"] = ("shrink_expand", _sweeps(r), _nano(m, d, r, True))
         jobs[f"nano_adapter gradient {m} {d} {r}"] = ("weight_grad", _gradients(r), _pair(m, d, d, r))
     for n, t, p, q in FISHER_SHAPES:
         jobs[f"fisher {n} {t} {p} {q}"] = ("weight_grad_fisher", _gradients(q), _samples(n, t, p, q, True))
         jobs[f"fisher plain {n} {t} {p} {q}"] = ("weight_grad", _gradients(q), _samples(n, t, p, q, False))
     for v in (32000, 128256):
         for objective in ("inverted_hinge", "cross_entropy"):
-            jobs[f"token_loss {v} {objective}"] = ("token_loss", _loss_tiles(v), _loss(v, objective))
+            jobs[f"token_loss {v} {objective}"] = ("token_loss", _loss_tiles(), _loss(v, objective))
     for r in (16, 64):
-        sweeps = [c for c in _sweeps(WIDTH, r) if c.get("HOLD", 0) <= 4]
         rows = grid(BLOCK_M=(32, 64, 128), BLOCK_K=(64, 128), num_warps=(4,), STAGES=(2, 3))
-        jobs[f"grouped sweeps {r}"] = ("grouped", sweeps, _grouped(r))
+        jobs[f"grouped sweeps {r}"] = ("grouped", _sweeps(r), _grouped(r))
         jobs[f"grouped gradient {r}"] = ("grouped_grad", rows, _grouped(r))
     for m, k, n, r in LORA_SHAPES:
         for rows_of in sorted({m, min(m, 2048), min(m, 4096)}):
-            candidates = [c for c in _sweeps(4096, r) if "HOLD" not in c]
             jobs[f"lora sweeps {rows_of} {k} {n} {r}"] = (
                 "shrink_expand",
-                candidates,
+                _sweeps(r),
                 _low_rank(rows_of, k, n, r),
             )
         jobs[f"lora gradient {m} {k} {n} {r}"] = ("weight_grad", _gradients(r), _pair(m, k, n, r))
         jobs[f"lora chunk {m} {k} {n} {r}"] = ("lora_linear", grid(CHUNK=(0, 2048, 4096)), _lora(m, k, n, r))
+    for m in SCATTER_ROWS:
+        blocks = tuple(b for b in (128, 256, 512, 1024) if b <= m)
+        gather = grid(BLOCK_M=blocks, ENTRIES=(8, 16), num_warps=(2, 4))
+        gather = [c for c in gather if 4 <= c["BLOCK_M"] * c["ENTRIES"] // (32 * c["num_warps"]) <= 64]
+        jobs[f"scatter gather {m}"] = ("scatter_gather", gather, _scatter(m))
+        jobs[f"scatter entry {m}"] = ("scatter_entry", gather, _scatter(m))
     for n in (1 << 20, 1 << 24, 1 << 26):
         jobs[f"adamw {n}"] = ("flat_adamw", grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8)), _adamw(n))
     return jobs

@@ -16,10 +16,18 @@ if TYPE_CHECKING or __name__ == "fednano_kernels":
     from .linear_token_loss import OBJECTIVES, linear_token_loss, linear_token_loss_reference
     from .lora_linear import lora_linear, lora_linear_reference
     from .nano_adapter import nano_adapter, nano_adapter_reference
+    from .scatter_delta import Support, scatter_delta, scatter_delta_reference
+    from .seeded_combine import (
+        seeded_combine,
+        seeded_combine_reference,
+        seeded_uniform,
+        seeded_uniform_reference,
+    )
 
     __all__ = [
         "OBJECTIVES",
         "KernelArgumentError",
+        "Support",
         "adapter_grad_fisher",
         "adapter_grad_fisher_reference",
         "flat_adamw_",
@@ -33,4 +41,10 @@ if TYPE_CHECKING or __name__ == "fednano_kernels":
         "nano_adapter",
         "nano_adapter_fisher",
         "nano_adapter_reference",
+        "scatter_delta",
+        "scatter_delta_reference",
+        "seeded_combine",
+        "seeded_combine_reference",
+        "seeded_uniform",
+        "seeded_uniform_reference",
     ]

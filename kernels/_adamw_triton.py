@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _tuning
 from ._dispatch import cdiv
-from ._launch import launch as launch_kernel
+from ._launch import Plan, plan
 from ._triton_common import narrow, precision
 
 
@@ -75,23 +75,25 @@ def launch(
 ) -> None:  # fmt: skip
     """One step; arguments as in ``flat_adamw_``. The host's numbers are formed in float64."""
     n = w.numel()
-    config = _tuning.choose(
-        "flat_adamw", w.device, f"n{_tuning.bucket(n)}_{w.element_size()}", {"BLOCK": 1024, "num_warps": 4}
-    )
-    launch_kernel(
-        _kernel,
-        (cdiv(n, config["BLOCK"]),),
+
+    def build() -> Plan:
+        name = f"n{_tuning.bucket(n)}_{w.element_size()}"
+        config = _tuning.choose("flat_adamw", w.device, name, {"BLOCK": 1024, "num_warps": 4})
+        constants = {
+            "STEP_ON_DEVICE": step_on_device is not None, "PROXIMAL": anchor is not None, "FISHER": fisher is not None,
+            "BLOCK": config["BLOCK"], "PRECISION": precision(w),
+        }  # fmt: skip
+        return Plan(_kernel, (cdiv(n, config["BLOCK"]),), (n,), constants, config["num_warps"])
+
+    key = ("adamw", n, step_on_device is None, anchor is None, fisher is None, w.dtype, g.dtype, w.device)
+    plan(key, build)(
         (
-            w, g, m, v,
-            w if anchor is None else anchor, m if fisher is None else fisher,
+            w, g, m, v, w if anchor is None else anchor, m if fisher is None else fisher,
             m if step_on_device is None else step_on_device,
-            n, lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, mu, fisher_weight,
+        ),
+        (
+            lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, mu, fisher_weight,
             1 - beta1 ** max(step, 1), math.sqrt(1 - beta2 ** max(step, 1)),
             math.log(beta1) if beta1 else -math.inf, math.log(beta2) if beta2 else -math.inf,
         ),
-        {
-            "STEP_ON_DEVICE": step_on_device is not None, "PROXIMAL": anchor is not None,
-            "FISHER": fisher is not None, "BLOCK": config["BLOCK"], "PRECISION": precision(w),
-        },
-        config["num_warps"],
     )  # fmt: skip

@@ -88,6 +88,8 @@ def check_activation(activation: str) -> None:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """View (or copy, where no view exists) ``(..., d)`` as ``(M, d)`` with unit stride along d."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

@@ -43,9 +43,9 @@ def _segment(
 
 @triton.jit
 def _grouped_kernel(
-    big0, small0, out0, big1, small1, out1, offsets, M, scale0, scale1,
+    big0, small0, out0, big1, small1, out1, offsets, M,
     stride_big0, stride_small0, stride_og0, stride_ok0, stride_or0,
-    stride_big1, stride_small1, stride_og1, stride_ok1, stride_or1,
+    stride_big1, stride_small1, stride_og1, stride_ok1, stride_or1, scale0, scale1,
     K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -87,12 +87,12 @@ def gradients_by_client(first: Product, second: Product, offsets: Tensor) -> Non
     launch(
         _grouped_kernel,
         (clients, cdiv(K, config["BLOCK_K"]), 2),
+        (first.big, first.small, first.out, second.big, second.small, second.out, offsets),
         (
-            first.big, first.small, first.out, second.big, second.small, second.out, offsets, M,
-            first.scale, second.scale,
-            first.big.stride(0), first.small.stride(0), *first.out.stride(),
+            M, first.big.stride(0), first.small.stride(0), *first.out.stride(),
             second.big.stride(0), second.small.stride(0), *second.out.stride(),
         ),
+        (first.scale, second.scale),
         {
             "K": K, "R": R, "BLOCK_M": config["BLOCK_M"], "BLOCK_K": config["BLOCK_K"],
             "BLOCK_R": max(16, next_power_of_2(R)), "PRECISION": precision(first.big), "STAGES": config["STAGES"],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _tuning
 from ._dispatch import cdiv, next_power_of_2
-from ._launch import launch as launch_kernel
+from ._launch import Plan, plan
 from ._triton_common import dot, narrow, precision
 from ._tuning import Config
 
@@ -42,7 +42,6 @@ def _kernel(
     ranks,  # (clients,), RANKED only: the columns of p in use
     M,
     clients,
-    scale,
     stride_x,
     stride_out,
     stride_pk,
@@ -51,13 +50,13 @@ def _kernel(
     stride_qk,
     stride_pg,
     stride_qg,
+    scale,
     K1: tl.constexpr,
     K2: tl.constexpr,
     R: tl.constexpr,
     MODE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EXPAND: tl.constexpr,
-    HOLD: tl.constexpr,
     BIAS: tl.constexpr,
     GROUPED: tl.constexpr,
     RANKED: tl.constexpr,
@@ -103,12 +102,8 @@ def _kernel(
 
     x_tile = x + safe[:, None] * stride_x + col[None, :]
     p_tile = p + col[:, None] * stride_pk + rank[None, :] * stride_pr
-    # The first HOLD column blocks stay in registers between the sweeps. Their loads are issued before anything waits.
-    held = ()
-    for i in tl.static_range(HOLD):
-        held = held + (tl.load(x_tile + i * BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in tl.range(HOLD * BLOCK_K, K1, BLOCK_K, num_stages=STAGES):
+    for k in tl.range(0, K1, BLOCK_K, num_stages=STAGES):
         if K1 % BLOCK_K == 0:
             xs = tl.load(x_tile + k, eviction_policy="evict_last")
             if BLOCK_R == R and not RANKED:
@@ -120,9 +115,6 @@ def _kernel(
             xs = tl.load(x_tile + k, mask=inside[None, :], other=0.0)
             ps = tl.load(p_tile + k * stride_pk, mask=inside[:, None] & in_rank[None, :], other=0.0)
         z = dot(xs, ps, z, PRECISION)
-    for i in tl.static_range(HOLD):
-        ps = tl.load(p_tile + i * BLOCK_K * stride_pk, mask=in_rank[None, :], other=0.0)
-        z = dot(held[i], ps, z, PRECISION)
 
     small = safe[:, None] * R + rank[None, :]
     keep = in_row[:, None] & in_width[None, :]  # beyond a client's own rank these are zeros
@@ -147,12 +139,8 @@ def _kernel(
         h = narrow(h, x.dtype.element_ty, PRECISION)
         q_tile = q + rank[:, None] * stride_qr + col[None, :] * stride_qk
         o_tile = out + row[:, None] * stride_out + col[None, :]
-        for i in tl.static_range(HOLD):
-            qs = tl.load(q_tile + i * BLOCK_K * stride_qk, mask=in_rank[:, None], other=0.0)
-            o = dot(h, qs, held[i].to(tl.float32), PRECISION)
-            tl.store(o_tile + i * BLOCK_K, narrow(o, out.dtype.element_ty, PRECISION), mask=in_row[:, None])
         blocks: tl.constexpr = (K2 + BLOCK_K - 1) // BLOCK_K
-        for i in tl.range(0, blocks - HOLD, num_stages=STAGES):
+        for i in tl.range(0, blocks, num_stages=STAGES):
             k = (blocks - 1 - i) * BLOCK_K
             if K2 % BLOCK_K == 0:
                 if BLOCK_R == R and not RANKED:
@@ -229,29 +217,45 @@ def launch(
         bias: ``(k2,)`` to add, without residual only.
         groups: rows of several clients, sorted by client.
     """
+    if x.shape[0] == 0:
+        return
+    offsets = ranks = x
+    if groups is not None:
+        offsets = groups.offsets
+        ranks = x if groups.ranks is None else groups.ranks
+    target = x if out is None else out
+    key = (
+        "shrink_expand", mode, residual, out is None, bias is None, groups is None, x.dtype, offsets.dtype, ranks.dtype,
+        ranks is x, x.device, x.shape, x.stride(), p.stride(), q.shape, q.stride(), target.stride(), offsets.shape,
+    )  # fmt: skip
+
+    def build() -> Plan:
+        return _plan(x, p, q, mode, residual, target, out is not None, bias is not None, groups)
+
+    plan(key, build)(
+        (x, p, q, saved, mid, act, target, x if bias is None else bias, offsets, ranks), (scale,)
+    )
+
+
+def _plan(
+    x: Tensor, p: Tensor, q: Tensor, mode: int, residual: bool, out: Tensor, expand: bool, bias: bool,
+    groups: Groups | None,
+) -> Plan:  # fmt: skip
     M, K1 = x.shape
     R, K2 = q.shape[-2:]
-    if M == 0:
-        return
     way = "x" if not residual else "f" if mode < LINEAR_BACKWARD else "b"
     key = (
         f"{way}_k{_tuning.bucket(max(K1, K2))}_r{next_power_of_2(R)}_m{_tuning.bucket(M)}_{x.element_size()}"
     )
     fallback = heuristic(M, max(K1, K2), R, x.dtype, _tuning.multiprocessors(x.device))
     config = _tuning.choose("shrink_expand" if groups is None else "grouped", x.device, key, fallback)
-    target = out if out is not None else x
-    holds = residual and out is not None and K1 % config["BLOCK_K"] == 0
-    block_m = config["BLOCK_M"]
     clients = 0 if groups is None else groups.offsets.numel() - 1
-    offsets = x if groups is None else groups.offsets
-    ranks = x if groups is None or groups.ranks is None else groups.ranks
-    launch_kernel(
+    return Plan(
         _kernel,
         # Every client can leave one block partly filled: that many more programs are enough for any offsets.
-        (cdiv(M, block_m) + clients,),
+        (cdiv(M, config["BLOCK_M"]) + clients,),
         (
-            x, p, q, saved, mid, act, target, x if bias is None else bias, offsets, ranks, M, clients, scale,
-            x.stride(0), target.stride(0), p.stride(-2), p.stride(-1), q.stride(-2), q.stride(-1),
+            M, clients, x.stride(0), out.stride(0), p.stride(-2), p.stride(-1), q.stride(-2), q.stride(-1),
             0 if groups is None else p.stride(0), 0 if groups is None else q.stride(0),
         ),
         {
@@ -260,13 +264,12 @@ def launch(
             "R": R,
             "MODE": mode,
             "RESIDUAL": residual,
-            "EXPAND": out is not None,
-            "HOLD": min(config.get("HOLD", 0), K1 // config["BLOCK_K"]) if holds else 0,
-            "BIAS": bias is not None,
+            "EXPAND": expand,
+            "BIAS": bias,
             "GROUPED": groups is not None,
             "RANKED": groups is not None and groups.ranks is not None,
             "BLOCK_C": max(2, next_power_of_2(clients)),
-            "BLOCK_M": block_m,
+            "BLOCK_M": config["BLOCK_M"],
             "BLOCK_K": config["BLOCK_K"],
             "BLOCK_R": max(16, next_power_of_2(R)),
             "PRECISION": precision(x),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _tuning
 from ._dispatch import next_power_of_2
-from ._launch import launch
+from ._launch import Plan, plan
 from ._triton_common import narrow, precision
 from ._tuning import Config
 
@@ -83,7 +83,7 @@ def _kernel(
     whole = V // BLOCK * BLOCK
     if not ONE_TILE:
         for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-            z = tl.load(z_row + start + at).to(tl.float32)
+            z = tl.load(z_row + start + at, eviction_policy="evict_last").to(tl.float32)
             top, total, rival, rival_at = _take(z, start, at, label, top, total, rival, rival_at, KIND, BLOCK)
     else:
         whole = 0
@@ -148,9 +148,10 @@ def _kernel(
             tiles = V // BLOCK
             for i in tl.range(0, tiles, num_stages=STAGES):
                 start = (tiles - 1 - i) * BLOCK
-                z = tl.load(z_row + start + at).to(tl.float32)
+                z = tl.load(z_row + start + at, eviction_policy="evict_first").to(tl.float32)
                 dz = _gradient(z, start, at, label, best_at, lse, a, b, c, KIND, BLOCK)
-                tl.store(z_row + start + at, narrow(dz, logits.dtype.element_ty, PRECISION))
+                stored = narrow(dz, logits.dtype.element_ty, PRECISION)
+                tl.store(z_row + start + at, stored, eviction_policy="evict_first")
 
 
 def heuristic(V: int, itemsize: int) -> Config:
@@ -175,24 +176,14 @@ def losses_and_gradients(
     """
     N, V = logits.shape
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
-    size = logits.element_size()
-    config = _tuning.choose(
-        "token_loss", logits.device, f"v{_tuning.bucket(V)}_{objective}_{size}", heuristic(V, size)
-    )
     labels = labels.contiguous()
-    launch(
-        _kernel,
-        (N,),
-        (
-            logits,
-            labels,
-            labels if reference is None else reference.contiguous(),
-            losses,
-            logits.stride(0),
-            V,
-            beta,
-        ),
-        {
+    aside = labels if reference is None else reference.contiguous()
+
+    def build() -> Plan:
+        size = logits.element_size()
+        name = f"v{_tuning.bucket(V)}_{objective}_{size}"
+        config = _tuning.choose("token_loss", logits.device, name, heuristic(V, size))
+        constants = {
             "KIND": _KINDS[objective],
             "GRAD": need_grad,
             "ONE_TILE": config["BLOCK"] >= V,
@@ -200,7 +191,18 @@ def losses_and_gradients(
             "LANES": min(config["BLOCK"], config["num_warps"] * 256),
             "PRECISION": precision(logits),
             "STAGES": config["STAGES"],
-        },
-        config["num_warps"],
+        }
+        return Plan(_kernel, (N,), (logits.stride(0), V), constants, config["num_warps"])
+
+    key = (
+        "token_loss",
+        objective,
+        need_grad,
+        logits.dtype,
+        aside.dtype,
+        logits.device,
+        logits.shape,
+        logits.stride(),
     )
+    plan(key, build)((logits, labels, aside, losses), (beta,))
     return losses

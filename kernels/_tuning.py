@@ -70,8 +70,17 @@ def choose(kernel: str, device: torch.device, key: str, heuristic: Config) -> Co
     return heuristic if row is None else {**heuristic, **row}
 
 
+_version = [0]
+
+
+def version() -> int:
+    """A number that changes whenever configs may have changed."""
+    return _version[0]
+
+
 def reload() -> None:
     """Read the table again, after a tuner wrote it."""
+    _version[0] += 1
     load_table.cache_clear()
     _rows.cache_clear()
 
@@ -80,10 +89,12 @@ def reload() -> None:
 def forced(**configs: Config) -> Iterator[None]:
     """Use these configs, by kernel, whatever the table says (the tuner's hook, also for tests)."""
     before = dict(_forced)
+    _version[0] += 1
     _forced.update(configs)
     try:
         yield
     finally:
+        _version[0] += 1
         _forced.clear()
         _forced.update(before)
 

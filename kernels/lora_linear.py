@@ -8,6 +8,7 @@ backward is the same with dy, and one more launch makes both weight gradients. I
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,11 +35,18 @@ def lora_linear_reference(
     return torch.nn.functional.linear(x, weight, bias) + scale * (_mixed(x @ a.T, mix) @ b.T)
 
 
+_checked: set[tuple[object, ...]] = set()  # what was found good; looking is cheaper than checking again
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunk_rows(rows: int, wide: int, r: int, itemsize: int, device: torch.device, version: int) -> int:
+    key = f"k{_tuning.bucket(wide)}_r{next_power_of_2(r)}_m{_tuning.bucket(rows)}_{itemsize}"
+    return _tuning.choose("lora_linear", device, key, {"CHUNK": 0})["CHUNK"] or rows
+
+
 def _chunk(x: Tensor, wide: int, r: int) -> int:
     """Rows of one chunk: a chunk's y is still in the cache when cuBLAS comes back to add to it."""
-    key = f"k{_tuning.bucket(max(x.shape[1], wide))}_r{next_power_of_2(r)}_m{_tuning.bucket(x.shape[0])}"
-    key += f"_{x.element_size()}"
-    return _tuning.choose("lora_linear", x.device, key, {"CHUNK": 0})["CHUNK"] or x.shape[0]
+    return _chunk_rows(x.shape[0], max(x.shape[1], wide), r, x.element_size(), x.device, _tuning.version())
 
 
 def _forward(
@@ -52,13 +60,15 @@ def _forward(
     up = b.T if mix is None else _mixed(torch.eye(a.shape[0], dtype=x.dtype, device=x.device), mix) @ b.T
     chunk = _chunk(x, weight.shape[0], a.shape[0])
     for start in range(0, x.shape[0], chunk):
-        part = slice(start, start + chunk)
-        low, out = s[part], y[part]
+        rows, low, out = x, s, y
+        if chunk < x.shape[0]:
+            part = slice(start, start + chunk)
+            rows, low, out = x[part], s[part], y[part]
         se.launch(
-            x[part], a.T, up, mode=se.LINEAR, scale=scale, residual=False, saved=low, mid=low, act=low, out=out,
+            rows, a.T, up, mode=se.LINEAR, scale=scale, residual=False, saved=low, mid=low, act=low, out=out,
             bias=bias,
         )  # fmt: skip
-        out.addmm_(x[part], weight.T)
+        out.addmm_(rows, weight.T)
     return y, s
 
 
@@ -77,14 +87,16 @@ def _gradients(
     dx = dy.new_empty(dy.shape[0], weight.shape[1]) if need_x else None
     chunk = _chunk(dy, weight.shape[1], r)
     for start in range(0, dy.shape[0], chunk) if need_x or need_a or need_mix else ():
-        part = slice(start, start + chunk)
-        low, target = g[part], None if dx is None else dx[part]
+        rows, low, target = dy, g, dx
+        if chunk < dy.shape[0]:
+            part = slice(start, start + chunk)
+            rows, low, target = dy[part], g[part], None if dx is None else dx[part]
         se.launch(
-            dy[part], b, down, mode=se.LINEAR_BACKWARD, scale=scale, residual=False, saved=low, mid=low, act=low,
+            rows, b, down, mode=se.LINEAR_BACKWARD, scale=scale, residual=False, saved=low, mid=low, act=low,
             out=target,
         )  # fmt: skip
         if target is not None:
-            target.addmm_(dy[part], weight)
+            target.addmm_(rows, weight)
     da = db = dmix = None
     raw = torch.float32 if square is not None else a.dtype
     left = right = None
@@ -233,7 +245,15 @@ def lora_linear(
     Raises:
         KernelArgumentError: device, dtype or shape do not fit, or the rank is 0, or x is empty.
     """
-    _check(x, weight, a, b, mix, bias)
+    known = (
+        x.shape, weight.shape, a.shape, b.shape, x.dtype, weight.dtype, a.dtype, b.dtype, x.device, weight.device,
+        a.device, b.device, weight.requires_grad,
+    )  # fmt: skip
+    if mix is not None or bias is not None or known not in _checked:
+        _check(x, weight, a, b, mix, bias)
+        if len(_checked) >= 4096:
+            _checked.clear()
+        _checked.add(known)
     if not runs_triton(x):
         return lora_linear_reference(x, weight, a, b, scale, mix, bias)
     if is_traced(x):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from fednano_kernels import KernelArgumentError, nano_adapter, nano_adapter_reference
-from fednano_kernels._tuning import forced
 from torch import Tensor
 
 Accurate = Callable[[Tensor, Tensor, Tensor, str], None]
@@ -179,18 +178,6 @@ def test_more_than_2_31_elements(device: torch.device) -> None:
     a, b = (torch.randn(s, device=device, dtype=torch.bfloat16) / 16 for s in ((d, 16), (16, d)))
     y = nano_adapter(x, a, b, 1.0, "gelu")
     assert torch.equal(y[-64:], nano_adapter(x[-64:].clone(), a, b, 1.0, "gelu"))
-
-
-@pytest.mark.parametrize("hold", [1, 2, 4])
-def test_columns_held_in_registers_change_nothing(hold: int, device: torch.device) -> None:
-    tensors = _inputs(20, 64, 4, torch.float32, device)
-    plain: dict[str, int] = {"BLOCK_M": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 2}
-    with forced(shrink_expand=plain):
-        want = _run(nano_adapter, tensors, 0.7, "gelu")
-    with forced(shrink_expand={**plain, "HOLD": hold}):
-        got = _run(nano_adapter, tensors, 0.7, "gelu")
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
 
 
 def test_torch_func_takes_the_reference(device: torch.device) -> None:
