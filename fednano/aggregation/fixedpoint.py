@@ -126,20 +126,32 @@ class FixedSum:
         flat = self.flat(values)
         limit = self.limit(factor)
         scaled = math.ldexp(factor, -self.grid.exponent)
-        for x in flat.values():  # before anything is added, so nothing has to be taken off
-            check_values(x, limit)
+        done: list[str] = []
         for name in self.order():
-            for ring, x in zip(self._pieces[name], torch.split(flat[name], CHUNK), strict=False):
-                np.add(ring, _pattern(x, scaled), out=ring)
+            x = flat[name]
+            try:
+                check_values(x, limit)  # just before it is used, while it is in the cache
+            except Refusal:
+                for undo in done:  # integers: taking off what was added restores the bits
+                    self._combine(np.subtract, undo, flat[undo], scaled)
+                raise
+            self._combine(np.add, name, x, scaled)
+            done.append(name)
         self.count += 1
 
     def remove(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Take off what `add` put in with the same arguments; the bits become what they were."""
         flat, scaled = self.flat(values), math.ldexp(factor, -self.grid.exponent)
-        for name, pieces in self._pieces.items():
-            for ring, x in zip(pieces, torch.split(flat[name], CHUNK), strict=False):
-                np.subtract(ring, _pattern(x, scaled), out=ring)
+        for name, x in flat.items():
+            self._combine(np.subtract, name, x, scaled)
         self.count -= 1
+
+    def _combine(self, operation: np.ufunc, name: str, x: Tensor, scaled: float) -> None:
+        start = 0
+        for ring in self._pieces[name]:
+            size = ring.size
+            operation(ring, _pattern(x[start : start + size] if size < x.numel() else x, scaled), out=ring)
+            start += size
 
     def _room(self) -> None:
         if self.count >= self.grid.clients:
@@ -270,18 +282,15 @@ def add_weighted(
     for x in xs.values():  # before anything is added, so nothing has to be taken off
         check_values(x, limit)
     for name in numerator.order():
-        (low, high), factor = clamps[name], factors[name]
+        (low, high), factor, start = clamps[name], factors[name], 0
         above = math.ldexp(factor, -numerator.grid.exponent)
         below = math.ldexp(factor, -denominator.grid.exponent)
-        pieces = zip(numerator._pieces[name], denominator._pieces[name], strict=True)
-        parts = zip(torch.split(xs[name], CHUNK), torch.split(ws[name], CHUNK), strict=True)
-        for (up, down), (x, w) in zip(pieces, parts, strict=False):
-            size = x.numel()
-            first, second, bits = (
-                SCRATCH.view("first", size),
-                SCRATCH.view("second", size),
-                SCRATCH.bits(size),
-            )
+        for up, down in zip(numerator._pieces[name], denominator._pieces[name], strict=True):
+            size = up.size
+            x, w = xs[name][start : start + size], ws[name][start : start + size]
+            start += size
+            first, second = SCRATCH.view("first", size), SCRATCH.view("second", size)
+            bits = SCRATCH.bits(size)
             if w.dtype == torch.float32:
                 second.copy_(torch.clamp(w, low, high, out=SCRATCH.view("narrow", size, torch.float32)))
             else:
