@@ -160,6 +160,7 @@ class QFedAvg(Rule):
         paper="1905.10497",
         exact=frozenset(),
         exact_note="a fairness-weighted step; q = 0 is the unweighted mean of the leaves",
+        secure_aggregation=False,  # the server measures each client's change
         differential_privacy=False,
         needs=frozenset({"loss"}),
     )
