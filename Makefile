@@ -34,6 +34,7 @@ lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd benchmarks && ../$(BIN)/mypy --config-file ../pyproject.toml --ignore-missing-imports --no-warn-unused-ignores --no-warn-return-any *.py  # apart: `kernels` has two meanings
 
 format: $(STAMP)  ## Put the code into its standard form
 	$(BIN)/ruff check --fix .

@@ -46,7 +46,9 @@ def over_seeds(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs-dir", default="runs/main-job")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -60,7 +62,13 @@ def main() -> int:
         Gate("federated accuracy, default seed", first["federated"], 0.90, ">="),
         Gate("gain over zero-shot, default seed", first["federated"] - first["zero_shot"], 0.15, ">="),
     ]
-    rows.append({"seed": "all", **means, "activation_bytes_of_300_samples_over_adapter_bytes": 300 * activations / adapters})
+    rows.append(
+        {
+            "seed": "all",
+            **means,
+            "activation_bytes_of_300_samples_over_adapter_bytes": 300 * activations / adapters,
+        }
+    )
     write_results(options.json, rows=rows, gates=gates)
     for gate in gates:
         print(f"{gate.name}: {gate.value:.4f} {gate.sense} {gate.bound}: {'met' if gate.met else 'MISSED'}")

@@ -1,7 +1,7 @@
 """Write the tables of README and docs from the committed results, so that no number there is typed by hand.
 
-A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced by the table of that name. ``--check`` only says
-whether every block is current.
+A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced by the table of that name. ``--check`` only
+says whether every block is current.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def main_job(document: dict[str, Any]) -> str:
     }
     seeds = [row for row in document["rows"] if row["seed"] != "all"]
     overall = _overall(document)
-    head = "| Accuracy on the full test set, % | " + " | ".join(f"seed {row['seed']}" for row in seeds) + " | mean |"
+    head = (
+        "| Accuracy on the full test set, % | "
+        + " | ".join(f"seed {row['seed']}" for row in seeds)
+        + " | mean |"
+    )
     lines = [head, "|---|" + "---:|" * (len(seeds) + 1)]
     for name, title in titles.items():
         cells = [_percent(row[name]) for row in seeds] + [_percent(overall[name]["mean"])]
@@ -87,8 +91,12 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is not current")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if a block is not current"
+    )
     options = parser.parse_args()
     stale = []
     for page in PAGES:

@@ -88,7 +88,7 @@ class RunConfig:
     # Local training
     rounds: int = _setting(10, "federated rounds")
     samples: int = _setting(300, "training samples per client and round")
-    batch_size: int = _setting(32, "samples per step")
+    batch_size: int = _setting(16, "samples per step")
     optimizer: str = _setting("adam", "local optimiser: 'adam', 'adamw' or 'sgd'")
     learning_rate: float = _setting(3e-3, "local learning rate")
     weight_decay: float = _setting(0.0, "local weight decay")

@@ -197,6 +197,14 @@ class NanoEdge(nn.Module):
                 embeds = embeds.masked_scatter(where.unsqueeze(-1), self.layer(stream)(rows))
         return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams)
 
+    def embed_new(self, ids: Tensor) -> Tensor:
+        """Embed generated tokens ``(B,)`` as training embeds answers: adapted like all text. Returns ``(B, d)``."""
+        rows = self.edge.embed(ids)
+        if "text" not in self.layers:
+            return rows
+        adapted: Tensor = self.layer("text")(rows)
+        return adapted
+
     def parameter_count(self) -> int:
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)

@@ -42,7 +42,7 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = edge([prompts[index] for index in part], features.get([samples[index] for index in part]))
-        ids = llm.generate(batch.embeds, batch.mask, max_new_tokens)  # (B, max_new_tokens)
+        ids = llm.generate(batch.embeds, batch.mask, max_new_tokens, edge.embed_new)  # (B, max_new_tokens)
         texts = edge.edge.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for index, text in zip(part, texts, strict=True):
             answers[index] = text.strip()

@@ -47,7 +47,8 @@ def only_run(folder: Path) -> Path:
 
 def check(path: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
-    assert summary["rounds"] == 2 and summary["clients"] == 2
+    assert summary["rounds"] == 2
+    assert summary["clients"] == 2
     assert (path / "report.html").stat().st_size > 10_000
     assert summary["bytes"]["activation_up_per_sample_step"] > 0
     return summary
@@ -158,7 +159,8 @@ def test_ctrl_c_ends_cleanly(
     wait_for(lambda: "round 2/200 merged" in log.read_text(), 180, "two rounds")
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
-    assert "interrupted by Ctrl-C" in log.read_text() and "--resume" in log.read_text()
+    assert "interrupted by Ctrl-C" in log.read_text()
+    assert "--resume" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert (only_run(sandbox.folder / "runs") / "checkpoints" / "round-0002").is_dir()
     wait_for(lambda: not sandbox.leftovers(), 20, "the processes to end")
@@ -181,6 +183,8 @@ def test_a_host_that_dies_ends_the_run_with_its_checkpoint(
     os.kill(ours[0], signal.SIGKILL)
     assert process.wait(120) == 3
     text = log.read_text()
-    assert "host" in text and "--resume" in text and "Traceback" not in text
+    assert "host" in text
+    assert "--resume" in text
+    assert "Traceback" not in text
     assert (only_run(sandbox.folder / "runs") / "checkpoints" / "round-0002").is_dir()
     wait_for(lambda: not sandbox.leftovers(), 20, "the processes to end")
