@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ BF16 = torch.bfloat16
 NANO_SHAPES = [(8192, 4096, 16), (8192, 4096, 64), (32768, 1024, 16), (32768, 1024, 64), (65536, 4096, 64)]
 FISHER_SHAPES = [(16, 700, 4096, 16), (16, 700, 4096, 64), (16, 700, 1024, 64), (16, 48, 4096, 64)]
 MODES = {"graph": True, "eager": False}
+
+
+def _reference(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return nano_adapter_reference(x, a, b, 1.0, "gelu")
+
+
+def _on(f: Callable[..., Tensor], xs: list[Tensor], a: Tensor, b: Tensor, i: int) -> Tensor:
+    """One call of ``f`` on the ``i``-th input; bound early, since loop variables change under a lambda."""
+    return f(xs[i], a, b)
 
 
 def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
@@ -50,12 +60,12 @@ def _nano_case(report: Report, m: int, d: int, r: int) -> dict[str, float]:
     functions: dict[str, Callable[..., Tensor]] = {
         "fused": lambda x, a, b: nano_adapter(x, a, b, 1.0, "gelu"),
         "eager": lambda x, a, b: nano_adapter_reference(x, a, b, 1.0, "gelu"),
-        "compile": torch.compile(lambda x, a, b: nano_adapter_reference(x, a, b, 1.0, "gelu"), dynamic=False),
+        "compile": torch.compile(_reference, dynamic=False),
     }
     found = {}
     for mode, graph in MODES.items():
         with torch.no_grad():
-            forward: dict[str, Variant] = {n: (lambda i, f=f: f(xs[i], a, b)) for n, f in functions.items()}
+            forward: dict[str, Variant] = {n: partial(_on, f, xs, a, b) for n, f in functions.items()}
             times = measure(forward, sets, graph=graph)
         floor = report.floor_ms(2 * passes)
         one = report.row(name, case, "forward", mode, times, base="floor", base_ms=floor)

@@ -209,7 +209,7 @@ def test_a_crashing_client_does_not_stop_the_run(run: Run, monkeypatch: pytest.M
 
 def test_nan_loss_ends_with_advice(run: Run) -> None:
     with pytest.raises(RunError, match=r"round 1.*TrainingDiverged.*Lower the learning rate"):
-        run(learning_rate=2e37)
+        run(learning_rate=1e10, scale=1e35)
     with pytest.raises(RunError, match=r"bound on absolute values is 100\. Lower the learning rate"):
         run(learning_rate=1e10)
 
@@ -279,7 +279,7 @@ class TestBadInput:
             ({"rule": "fisher", "rule_options": "flor=1"}, ConfigError, "no option flor"),
             ({"adapter_options": "alpha=8"}, ConfigError, "no option 'alpha'"),
             ({"adapter": "lora-sb"}, ConfigError, "needs stats"),
-            ({"alpha": 1e-3}, (DataError, RunError), "alpha"),
+            ({"alpha": 0.01, "clients": 20}, (DataError, RunError), "alpha"),
             ({"dataset": "/no/such/folder"}, (DataError, RunError), "no/such/folder"),
             (
                 {"host_address": "127.0.0.1:9", "placement": "split", "host_retry": 0.5},
