@@ -1,8 +1,8 @@
 """Pictures of coloured shapes, drawn in batches from signed distances.
 
-Style: one to three shaded, outlined, slightly turned objects of ten forms and twelve jittered paints on a dark, grainy
-background with a gradient. It is kept apart from easy-VQA's (one flat, upright object of pure colour on a nearly white
-ground), so that there is something left to learn when the model is tuned on it.
+Style: one to three shaded, outlined, slightly turned objects of ten forms and twelve jittered paints on a grainy
+background of any colour, with a gradient. It is kept apart from easy-VQA's (one flat, upright object of pure colour on
+a nearly white ground): grounds that light come up in about one picture in a hundred, by chance.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _place(rng: np.random.Generator, count: NDArray[np.int64]) -> tuple[Floats, 
 def _background(rng: np.random.Generator, paints: Floats, count: NDArray[np.int64]) -> Floats:
     """Backgrounds ``(N, 3, 64, 64)`` whose tone stays away from the paints ``(N, 3, 3)`` of the objects on them."""
     n = len(count)
-    tones = rng.uniform(0.0, 0.4, (n, 12, 3)).astype(np.float32)
+    tones = rng.uniform(0.0, 1.0, (n, 12, 3)).astype(np.float32)
     distance = np.abs(tones[:, :, None] - paints[:, None]).sum(-1)  # (n, 12, objects)
     distance[:, :, 1:][
         np.broadcast_to((np.arange(1, MAX_OBJECTS) >= count[:, None])[:, None], (n, 12, 2))
