@@ -24,6 +24,9 @@ STREAMS = ("image", "text")
 """The two places where a NanoAdapter can stand: on the connector's output and on the token embeddings."""
 
 
+_PROMPTS = 65536  # tokenised texts kept; some tens of megabytes at most
+
+
 class EdgePart(nn.Module):
     """Frozen parts that a client holds.
 
@@ -58,6 +61,7 @@ class EdgePart(nn.Module):
         self.feature_strategy = feature_strategy
         self.hidden_size = hidden_size
         self.fingerprint = fingerprint
+        self._prompts: dict[tuple[str, str | None, bool], Prompt] = {}
         self.requires_grad_(False)
 
     def preprocess(self, images: Sequence[Any]) -> Tensor:
@@ -79,8 +83,15 @@ class EdgePart(nn.Module):
         return features
 
     def prompt(self, question: str, answer: str | None, *, image: bool = True) -> Prompt:
-        """Token ids of one sample; see :func:`fednano.models.prompt.build_prompt`."""
-        return build_prompt(self.tokenizer, self.image_token_id, question, answer, image=image)
+        """Token ids of one sample; see :func:`fednano.models.prompt.build_prompt`. Equal texts are tokenised once."""
+        key = (question, answer, image)
+        if key not in self._prompts:
+            if len(self._prompts) >= _PROMPTS:
+                self._prompts.clear()
+            self._prompts[key] = build_prompt(
+                self.tokenizer, self.image_token_id, question, answer, image=image
+            )
+        return self._prompts[key]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids ``(...)`` to embeddings ``(..., d)``."""
