@@ -15,7 +15,7 @@ import pytest
 from processes import Sandbox, free_port
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
