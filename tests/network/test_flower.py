@@ -141,7 +141,7 @@ def test_superlink_and_two_supernodes(sandbox: Any, reference: Path) -> None:
     )
     settings = SMALL | {"runs-dir": str(sandbox.folder / "deployed")}
     sandbox.run(
-        "flwr", "run", str(ROOT), "here", "--stream", "--run-config", as_run_config(**settings), timeout=300
+        "flwr", "run", str(ROOT), "here", "--stream", "--run-config", as_run_config(**settings), timeout=500
     )
     path = only_run(sandbox.folder / "deployed")
     check(path)
