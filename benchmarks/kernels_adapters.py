@@ -25,7 +25,8 @@ MODES = {"graph": True, "eager": False}
 
 
 def _reference(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return nano_adapter_reference(x, a, b, 1.0, "gelu")
+    y: Tensor = nano_adapter_reference(x, a, b, 1.0, "gelu")
+    return y
 
 
 def _on(f: Callable[..., Tensor], xs: list[Tensor], a: Tensor, b: Tensor, i: int) -> Tensor:
@@ -35,7 +36,8 @@ def _on(f: Callable[..., Tensor], xs: list[Tensor], a: Tensor, b: Tensor, i: int
 
 def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
     """Random values on the device: zeros would run faster than data does."""
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+    drawn: Tensor = torch.randn(*shape, device="cuda") * scale
+    return drawn.to(dtype)
 
 
 def with_backward(

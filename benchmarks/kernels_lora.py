@@ -117,7 +117,8 @@ def _grouped_case(report: Report, r: int) -> tuple[float, float]:
     many, single = [[x, a, b] for x in xs], [[x, one_a, one_b] for x in xs]
 
     def fused(x: Tensor, a: Tensor, b: Tensor, validate: bool = False) -> Tensor:
-        return grouped_adapter(x, a, b, offsets, 1.0, "gelu", validate=validate)
+        y: Tensor = grouped_adapter(x, a, b, offsets, 1.0, "gelu", validate=validate)
+        return y
 
     variants = {
         "single adapter": with_backward(lambda x, a, b: nano_adapter(x, a, b, 1.0, "gelu"), single, grads),

@@ -103,10 +103,11 @@ def _draw_kernel(key, out, n, planes, unit, BLOCK: tl.constexpr):
     u0, u1, u2, u3 = _block(tl.load(key), element, group, unit)
     at = out + tl.cast(group, tl.int64) * 4 * n + element
     inside = element < n
+    plane = 4 * group + tl.zeros_like(element)
     tl.store(at, u0, mask=inside)
-    tl.store(at + n, u1, mask=inside & (4 * group + 1 < planes))
-    tl.store(at + 2 * tl.cast(n, tl.int64), u2, mask=inside & (4 * group + 2 < planes))
-    tl.store(at + 3 * tl.cast(n, tl.int64), u3, mask=inside & (4 * group + 3 < planes))
+    tl.store(at + n, u1, mask=inside & (plane + 1 < planes))
+    tl.store(at + 2 * tl.cast(n, tl.int64), u2, mask=inside & (plane + 2 < planes))
+    tl.store(at + 3 * tl.cast(n, tl.int64), u3, mask=inside & (plane + 3 < planes))
 
 
 def _splits(work: int, pieces: int, sms: int) -> int:

@@ -91,9 +91,9 @@ def test_ten_steps_equal_torch(device: torch.device) -> None:
 def test_the_pull_alone_moves_to_the_anchor(device: torch.device) -> None:
     w, anchor = torch.zeros(64, device=device), torch.linspace(-1, 1, 64, device=device)
     m, v, g = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
-    for step in range(1, 201):
-        flat_adamw_(w, g, m, v, step, lr=0.02, anchor=anchor, mu=1.0)
-    torch.testing.assert_close(w, anchor, rtol=0, atol=0.02)
+    for step in range(1, 41):
+        flat_adamw_(w, g, m, v, step, lr=0.1, anchor=anchor, mu=1.0)
+    torch.testing.assert_close(w, anchor, rtol=0, atol=0.15)
 
 
 def test_fisher_takes_the_gradient_as_it_came(device: torch.device) -> None:
