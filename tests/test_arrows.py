@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "aggregation": {"errors"},
     "data": {"errors"},
     "evaluation": {"errors"},
-    "runs": {"errors", "adapters", "evaluation"},
+    "runs": {"errors", "adapters", "data", "evaluation"},
     "models": {"errors", "adapters", "training.objectives"},
     "host": {"errors", "models", "training.objectives"},
     "training": {"errors", "adapters", "models", "data"},
