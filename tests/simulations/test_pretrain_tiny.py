@@ -235,7 +235,7 @@ def test_every_word_of_easy_vqa_is_known() -> None:
 
 def test_every_word_is_used_in_pretraining() -> None:
     rng = np.random.default_rng(5)
-    scenes = draw_scenes(rng, 600)
+    scenes = draw_scenes(rng, 1500)
     used = {"question", "answer", ":"}
     for row in range(1500):
         for item in [
