@@ -102,7 +102,9 @@ class RunConfig:
     min_replies: int = _setting(1, "a round with fewer valid updates keeps the old adapters")
     max_abs: float = _setting(100.0, "an update with a larger absolute value is refused")
     round_timeout: float = _setting(600.0, "seconds to wait for the updates of a round")
-    join_timeout: float = _setting(300.0, "seconds to wait for the clients to appear and to load their models")
+    join_timeout: float = _setting(
+        300.0, "seconds to wait for the clients to appear and to load their models"
+    )
     # Language model
     placement: str = _setting(
         "split", "'split': language model on the host; 'local': whole model at each client"
