@@ -16,6 +16,7 @@ from fednano.federation.messages import Failure, Reply, record_bytes
 __all__ = ["Delivery", "Stop", "exchange", "wait_for_nodes"]
 
 _POLL_SECONDS = 0.05
+_DRAIN_SECONDS = 20.0
 
 
 class Stop:
@@ -125,13 +126,21 @@ def exchange(
                 yield _open(client, message, time.monotonic() - started, check_names)
         if not pending or time.monotonic() - started > timeout:
             break
-        if not arrived and stop.wait(_POLL_SECONDS):
-            raise Interrupted(stop.reason)
-        if stop.requested:
+        if (not arrived and stop.wait(_POLL_SECONDS)) or stop.requested:
+            _drain(grid, pending)
             raise Interrupted(stop.reason)
     for client in sorted(unanswered.values()):
         reason = f"no reply within {timeout:g} s (round-timeout)"
         yield Delivery(client, _failed(client, "Timeout", reason), 0, 0, time.monotonic() - started)
+
+
+def _drain(grid: Grid, pending: set[str]) -> None:
+    """Let clients at work finish while their language host is still there; without it they would try to reach it."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    while pending and time.monotonic() < deadline:
+        for message in grid.pull_messages(pending):
+            pending.discard(message.metadata.reply_to_message_id)
+        time.sleep(_POLL_SECONDS)
 
 
 def _open(client: str, message: Message, seconds: float, check_name: bool) -> Delivery:
