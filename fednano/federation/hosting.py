@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,8 +52,7 @@ def open_host(config: RunConfig, view: RunView, log: Path) -> Iterator[HostTicke
         config.device,
     ]
     command = host_command(config.model, *options)
-    # -P: the working folder may hold packages whose bare names mean something else to the libraries.
-    with HostProcess([sys.executable, "-P", *command[1:]], tokens=[token], log=log) as host:
+    with HostProcess(command, tokens=[token], log=log) as host:
         view.message(
             f"language host: {host.address}, plain text on the loopback interface, this run's token only"
         )

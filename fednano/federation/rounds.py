@@ -180,7 +180,7 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
         _finish_round(fed, phase, number, result, wire, time.monotonic() - began)
         unreachable = bool(failures) and all(text.startswith("HostUnavailable") for text in failures.values())
         if not merged and (barren >= 2 or number == first or unreachable):
-            _give_up(number, failures, fed)
+            _give_up(number, failures)
     return result
 
 
@@ -377,12 +377,9 @@ def _finish_round(
     fed.folder.append_metrics(record)
 
 
-def _give_up(number: int, failures: Mapping[str, str], fed: Federation) -> None:
+def _give_up(number: int, failures: Mapping[str, str]) -> None:
     """End a run that cannot make progress, with the reason that the clients gave."""
     client, reason = min(failures.items())
-    kept = f"Everything up to round {number - 1} is kept in {fed.folder.path}; continue with --resume."
     if reason.startswith("HostUnavailable"):
-        raise HostUnavailable(
-            f"no client reached the language host in round {number}. {client} says: {reason} {kept}"
-        )
-    raise RunError(f"no client delivered a valid update in round {number}. {client} says: {reason} {kept}")
+        raise HostUnavailable(f"no client reached the language host in round {number}. {client} says: {reason}")
+    raise RunError(f"no client delivered a valid update in round {number}. {client} says: {reason}")

@@ -65,11 +65,19 @@ def run_server(
             stack.callback(folder.close)
             _run(grid, config, folder, view, stop, stack)
     except Interrupted as error:
-        kept = f"Everything up to here is kept in {folder.path}; continue with --resume {folder.path.name}."
-        raise _ended(Interrupted(f"{error} {kept}"), folder, view) from None
+        error.args = (f"{error} {_kept(folder)}",)
+        raise _ended(error, folder, view)  # noqa: B904 - it is the same error
     except FednanoError as error:
+        if folder.checkpoints():
+            error.args = (f"{error} {_kept(folder)}",)
         raise _ended(error, folder, view)  # noqa: B904 - it is the same error
     return folder.path
+
+
+def _kept(folder: RunFolder) -> str:
+    rounds = folder.checkpoints()
+    upto = f"up to round {rounds[-1]}" if rounds else "up to here"
+    return f"Everything {upto} is kept in {folder.path}; continue with: fednano simulate --resume {folder.path.name}"
 
 
 def _ended(error: _Error, folder: RunFolder, view: RunView) -> _Error:

@@ -9,13 +9,11 @@ serves every use.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.host.channel import ClientTLS, HostChannel, Retry
@@ -26,6 +24,7 @@ from fednano.host.requests import Requests, host_info, split_batch
 from fednano.host.wire import Meter, Wire
 from fednano.models.language import TokenEmbedding
 from fednano.models.language_inputs import check_inputs
+from fednano.models.step import step_loss
 
 __all__ = ["RemoteLLM"]
 
@@ -181,12 +180,14 @@ class RemoteLLM:
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
 
         def step(rows: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
-            return self._step(info, (rows, mask, labels), objective, want_gradient)
+            losses, real = self._step(info, (rows, mask, labels), objective, want_gradient)
+            if real is None:
+                return losses, None
+            gradient = real.new_zeros(*mask.shape, real.shape[1])
+            gradient[mask] = real
+            return losses, gradient
 
-        if torch.is_grad_enabled() and embeds.requires_grad:
-            losses: Tensor = _RemoteLoss.apply(embeds, mask, step)  # type: ignore[no-untyped-call]
-            return losses
-        return step(embeds.detach(), False)[0].to(embeds.device)
+        return step_loss(embeds, step)
 
     def generate(
         self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None
@@ -256,26 +257,6 @@ class RemoteLLM:
             if gradient is not None:
                 gradients.append(gradient)
         return torch.cat(losses), torch.cat(gradients) if want_gradient else None
-
-
-class _RemoteLoss(torch.autograd.Function):
-    """Losses of a batch; the gradient that came with them is kept for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, embeds: Tensor, mask: Tensor, step: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        losses, gradient = step(embeds.detach(), True)
-        ctx.save_for_backward(gradient.to(embeds.device, embeds.dtype), mask.to(embeds.device))
-        return losses.to(embeds.device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None]:
-        rows, mask = ctx.saved_tensors  # (N, d), (B, T)
-        gradient = rows.new_zeros(*mask.shape, rows.shape[1])
-        gradient[mask] = rows
-        return gradient * weights.to(rows.dtype)[:, None, None], None, None
 
 
 def _check(info: HostInfo, embeds: Tensor, mask: Tensor, labels: Tensor | None, new_tokens: int = 0) -> None:

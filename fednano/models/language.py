@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.models.language_inputs import IGNORE, align, check_inputs, check_token_embeds
+from fednano.models.step import step_loss
 
 __all__ = [
     "IGNORE",
@@ -178,6 +179,18 @@ class LocalLLM:
 
         token_loss = get_objective(objective)
         self._check(embeds, mask, labels)
+
+        def compute(rows: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+            with torch.set_grad_enabled(want_gradient):
+                losses = self._losses(rows.requires_grad_(want_gradient), mask, labels, token_loss)
+                return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
+
+        return step_loss(embeds, compute)
+
+    def _losses(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor, token_loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Losses ``(B,)`` on the model's device, as a graph over ``embeds``."""
         x, real, index = align(embeds.to(self.device, self.dtype), mask.to(self.device).bool(), "left")
         y = labels.to(self.device).gather(1, index)  # (B, L)
         keep = real[:, 1:] & (y[:, 1:] != IGNORE)  # (B, L - 1)
@@ -189,7 +202,7 @@ class LocalLLM:
         hidden = out.last_hidden_state[:, :-1][keep]  # (N, d)
         tokens = token_loss(self.part.head(hidden), y[:, 1:][keep])  # (N,)
         # Sample by sample rather than by a scatter: the order of the sum is that of the lone sample.
-        return torch.stack([t.mean() for t in torch.split(tokens, keep.sum(1).tolist())]).to(embeds.device)
+        return torch.stack([t.mean() for t in torch.split(tokens, keep.sum(1).tolist())])
 
     def generate(
         self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None

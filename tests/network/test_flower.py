@@ -148,7 +148,6 @@ def test_superlink_and_two_supernodes(sandbox: Any, reference: Path) -> None:
     assert_same_adapter(path, reference)
 
 
-@pytest.mark.skip(reason="ends, but up to host-retry seconds late: clients at work wait for the host")
 def test_ctrl_c_ends_cleanly(
     sandbox: Any, wait_for: Callable[[Callable[[], bool], float, str], None]
 ) -> None:
@@ -167,7 +166,6 @@ def test_ctrl_c_ends_cleanly(
     wait_for(lambda: not sandbox.leftovers(), 20, "the processes to end")
 
 
-@pytest.mark.skip(reason="ends, but up to host-retry seconds late: clients at work wait for the host")
 def test_a_host_that_dies_ends_the_run_with_its_checkpoint(
     sandbox: Any, wait_for: Callable[[Callable[[], bool], float, str], None]
 ) -> None:

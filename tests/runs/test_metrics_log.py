@@ -77,14 +77,16 @@ def test_threads_do_not_tear_lines(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, threading
+import os, sys, threading
 from pathlib import Path
 from fednano.runs.metrics import JsonLines
-log = JsonLines(Path(sys.argv[1]))
+log, going = JsonLines(Path(sys.argv[1])), threading.Barrier(3)
 def write(k):
-    for n in range(20_000):  # an end, should nobody kill it
+    for n in range(2_000_000):
         log.append({"thread": k, "number": n, "text": "y" * 3000})
-        if n == 20 and k == 0: print("going", flush=True)
+        if n == 5 and going.wait() == 0: print("going", flush=True)
+        if n > 5 and os.getppid() != parent: return  # nobody is left to kill it
+parent = os.getppid()
 for k in range(3): threading.Thread(target=write, args=(k,)).start()
 """
 

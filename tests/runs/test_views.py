@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,14 +188,15 @@ def test_live_view_redraws_at_most_five_times_a_second() -> None:
     view.render = counted  # type: ignore[method-assign]
     view.start(INFO)
     view.phase_started("federated", 1000)
-    pause = threading.Event()
+    pause, began = threading.Event(), time.monotonic()
     for number in range(1, 101):
         view.round_started(number, ["a"])
         view.client_done("a", loss=1.0)
         view.round_done(number, loss=1.0, bytes={"adapter_up": 1})
         pause.wait(0.01)
     view.finish()
-    assert 2 <= frames <= 12  # about one second: the first frame, four or five a second, the last
+    seconds = time.monotonic() - began  # about one, more on a busy machine
+    assert 2 <= frames <= 5 * seconds + 3  # the first frame, at most five a second, the last
 
 
 def test_live_view_survives_threads_and_ends_once(summary_fields: Fields) -> None:

@@ -47,8 +47,7 @@ def test_adapter_gradients_through_the_host_equal_the_local_ones(
     here, there = gradients(nano, parts[1], data, indices), gradients(nano, remote, data, indices)
     assert set(here) == set(there)
     for name, gradient in here.items():
-        error = float((there[name] - gradient).norm() / gradient.norm().clamp(min=1e-30))
-        assert error <= 1e-6, (name, error)
+        assert torch.equal(there[name], gradient), name  # the same bits, so well within 1e-6
 
 
 @SHARED
