@@ -10,6 +10,7 @@ from fednano.aggregation import Rule, check_combination, create_rule
 from fednano.errors import ConfigError
 from fednano.federation.client_task import ADVICE
 from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.judging import judge_all, record_accuracy
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
 
 __all__ = ["BaselineResult", "build_rule", "run_baselines"]
@@ -80,9 +81,9 @@ def _other_rule(fed: Federation, name: str, start: Leaves) -> BaselineResult:
     began = time.monotonic()
     fed.view.phase_started(name, fed.config.rounds)
     result = run_rounds(fed, name, rule, PhaseResult(start))
-    accuracy, loss = _judge(fed, name, result.rounds, result.leaves)
+    judged = judge_all(fed, name, result.rounds, result.leaves)
     note = f"the same rounds, merged by {name} instead of {fed.config.rule}"
-    return BaselineResult(accuracy, loss, result.rounds, time.monotonic() - began, note)
+    return BaselineResult(judged.accuracy, judged.loss, result.rounds, time.monotonic() - began, note)
 
 
 def _local_only(fed: Federation, start: Leaves) -> BaselineResult:
@@ -107,7 +108,7 @@ def _local_only(fed: Federation, start: Leaves) -> BaselineResult:
         )
     mean = fmean(scores)
     fed.view.evaluation("local-only", fed.config.rounds, accuracy=mean, samples=len(samples))
-    _record(fed, "local-only", fed.config.rounds, mean, None, len(samples))
+    record_accuracy(fed, "local-only", fed.config.rounds, mean, None, len(samples))
     note = f"mean of {len(scores)} clients that train alone, each judged on the whole test set"
     return BaselineResult(
         mean, None, fed.config.rounds, time.monotonic() - began, note, (min(scores), max(scores))
@@ -118,30 +119,6 @@ def _centralised(fed: Federation, start: Leaves) -> BaselineResult:
     began = time.monotonic()
     fed.view.phase_started("centralised", fed.config.rounds)
     result = run_pooled(fed, "centralised", start)
-    accuracy, loss = _judge(fed, "centralised", result.rounds, result.leaves)
+    judged = judge_all(fed, "centralised", result.rounds, result.leaves)
     note = "one client with everybody's data and as many sample visits as all clients together"
-    return BaselineResult(accuracy, loss, result.rounds, time.monotonic() - began, note)
-
-
-def _judge(fed: Federation, phase: str, number: int, leaves: Leaves) -> tuple[float, float | None]:
-    samples = fed.evaluator.samples(fed.config.final_samples)
-    judged = fed.evaluator.judge(leaves, samples)
-    fed.view.evaluation(phase, number, accuracy=judged.accuracy, loss=judged.loss, samples=len(samples))
-    _record(fed, phase, number, judged.accuracy, judged.loss, len(samples))
-    return judged.accuracy, judged.loss
-
-
-def _record(
-    fed: Federation, phase: str, number: int, accuracy: float, loss: float | None, samples: int
-) -> None:
-    record: dict[str, object] = {
-        "phase": phase,
-        "round": number,
-        "scope": "global",
-        "final": True,
-        "accuracy": accuracy,
-        "samples": samples,
-    }
-    if loss is not None:
-        record["loss"] = loss
-    fed.folder.append_metrics(record)
+    return BaselineResult(judged.accuracy, judged.loss, result.rounds, time.monotonic() - began, note)

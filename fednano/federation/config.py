@@ -123,7 +123,7 @@ class RunConfig:
     threads: int = _setting(1, "torch threads per process; more threads can change the last bits")
     # Evaluation
     evaluate_every: int = _setting(1, "evaluate globally every so many rounds; 0 = only before and after")
-    evaluate_samples: int = _setting(1000, "test questions in the evaluations between rounds; 0 = all")
+    evaluate_samples: int = _setting(500, "test questions in the evaluations between rounds; 0 = all")
     final_samples: int = _setting(0, "test questions in the first and last evaluation; 0 = all")
     max_new_tokens: int = _setting(3, "longest answer, in tokens")
     baselines: bool = _setting(False, "also run local-only, centralised, and the other merging rule")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fednano.data import Sample, load_dataset
@@ -15,13 +14,11 @@ from fednano.evaluation import exact_match
 from fednano.federation.config import RunConfig
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
-from fednano.training.answers import generate_answers
+from fednano.training.answers import answer_losses, generate_answers
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
 
 __all__ = ["Evaluator", "Judgement"]
-
-_LOSS_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Judgement:
 
     Attributes:
         accuracy: share of exact matches.
-        loss: mean answer loss, in nats a token; ``None`` where it was not asked for.
+        loss: mean answer loss, in nats a token, see `Evaluator.judge`; ``None`` where it was not asked for.
         answers: the answers, in the order of the samples.
     """
 
@@ -76,20 +73,26 @@ class Evaluator:
     def judge(
         self, leaves: Mapping[str, Tensor], samples: Sequence[Sample], *, loss: bool = True
     ) -> Judgement:
-        """Answer all samples with the adapters given, and compare with the right answers."""
+        """Answer all samples with the adapters given, and compare with the right answers.
+
+        The loss is always that of the samples of the evaluations between rounds, even where more are answered: one
+        curve, on one set of questions.
+        """
         self._edge.load_travelling(leaves)
         answers = generate_answers(
-            self._edge, self._llm, self._features, samples, max_new_tokens=self._config.max_new_tokens
+            self._edge,
+            self._llm,
+            self._features,
+            samples,
+            max_new_tokens=self._config.max_new_tokens,
+            width=self._config.host_workers,
         )
         right = sum(exact_match(got, sample.answer) for got, sample in zip(answers, samples, strict=True))
         return Judgement(right / len(samples), self._loss(samples) if loss else None, answers)
 
-    @torch.no_grad()
     def _loss(self, samples: Sequence[Sample]) -> float:
+        fewer = self.samples(self._config.evaluate_samples)
+        samples = fewer if len(fewer) < len(samples) else samples
         data = ClientData(samples, self._edge, self._features)
-        total = 0.0
-        for start in range(0, len(samples), _LOSS_BATCH):
-            prompts, features = data.batch(range(start, min(start + _LOSS_BATCH, len(samples))))
-            batch = self._edge(prompts, features)
-            total += float(self._llm.loss(batch.embeds, batch.mask, batch.labels).sum())
-        return total / len(samples)
+        losses = answer_losses(self._edge, self._llm, data, width=self._config.host_workers)
+        return float(losses.double().mean())

@@ -381,5 +381,7 @@ def _give_up(number: int, failures: Mapping[str, str]) -> None:
     """End a run that cannot make progress, with the reason that the clients gave."""
     client, reason = min(failures.items())
     if reason.startswith("HostUnavailable"):
-        raise HostUnavailable(f"no client reached the language host in round {number}. {client} says: {reason}")
+        raise HostUnavailable(
+            f"no client reached the language host in round {number}. {client} says: {reason}"
+        )
     raise RunError(f"no client delivered a valid update in round {number}. {client} says: {reason}")

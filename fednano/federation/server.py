@@ -22,9 +22,10 @@ from fednano.aggregation import LeafSpec, Product, Spec, check_combination
 from fednano.errors import FednanoError, Interrupted, RunError
 from fednano.federation.baselines import build_rule, run_baselines
 from fednano.federation.config import RunConfig
-from fednano.federation.evaluator import Evaluator, Judgement
+from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
 from fednano.federation.hosting import open_host
+from fednano.federation.judging import judge_all
 from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import build_edge, connect, use_threads
 from fednano.federation.outcome import write_outcome
@@ -166,14 +167,14 @@ def _run(
     )
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
-    zero_shot = _judge(fed, ZERO_SHOT, 0, start)
+    zero_shot = judge_all(fed, ZERO_SHOT, 0, start)
     resumed = _checkpoint(folder, start) if config.resume else PhaseResult(start)
     view.phase_started(MAIN_PHASE, config.rounds)
     phase_began = time.monotonic()
     result = run_rounds(fed, MAIN_PHASE, rule, resumed)
     seconds = time.monotonic() - phase_began
     folder.save_adapter(result.leaves, _adapter_info(config, edge, ticket))
-    final = _judge(fed, MAIN_PHASE, result.rounds, result.leaves)
+    final = judge_all(fed, MAIN_PHASE, result.rounds, result.leaves)
     _judge_clients(fed, result.leaves)
     baselines = run_baselines(fed, start) if config.baselines else {}
     write_outcome(
@@ -293,24 +294,6 @@ def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str,
             "samples": {name: int(c.hello.metrics["samples"]) for name, c in clients.items()},
         },
     )
-
-
-def _judge(fed: Federation, phase: str, number: int, leaves: Leaves) -> Judgement:
-    samples = fed.evaluator.samples(fed.config.final_samples)
-    judged = fed.evaluator.judge(leaves, samples)
-    fed.view.evaluation(phase, number, accuracy=judged.accuracy, loss=judged.loss, samples=len(samples))
-    fed.folder.append_metrics(
-        {
-            "phase": phase,
-            "round": number,
-            "scope": "global",
-            "final": True,
-            "accuracy": judged.accuracy,
-            "loss": judged.loss,
-            "samples": len(samples),
-        }
-    )
-    return judged
 
 
 def _judge_clients(fed: Federation, leaves: Leaves) -> None:

@@ -1,20 +1,25 @@
-"""Ask the tuned model: greedy answers for samples, and how many are right."""
+"""Ask the tuned model: greedy answers for samples, and the losses of the right ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from fednano.data import Sample
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
+from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
+from fednano.training.overlap import overlap
 
-__all__ = ["generate_answers"]
+__all__ = ["answer_losses", "generate_answers"]
 
 
-@torch.no_grad()
+no_grad = torch.no_grad()  # as a decorator: what a thread inherits of the caller's setting is nothing
+
+
 def generate_answers(
     edge: NanoEdge,
     llm: LanguageModel,
@@ -22,7 +27,8 @@ def generate_answers(
     samples: Sequence[Sample],
     *,
     max_new_tokens: int = 4,
-    batch_size: int = 128,
+    batch_size: int = 64,
+    width: int = 1,
 ) -> list[str]:
     """Greedy answers to the samples' questions, as text, in order.
 
@@ -35,15 +41,45 @@ def generate_answers(
         samples: questions with or without an image.
         max_new_tokens: longest answer, in tokens.
         batch_size: questions a call.
+        width: calls at one time.
     """
     prompts = [edge.edge.prompt(sample.question, None, image=sample.image is not None) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: (len(prompts[index].ids), index))
+    features.warm(samples)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def task(part: list[int]) -> Callable[[], Tensor]:
+        with torch.no_grad():
+            batch = edge([prompts[index] for index in part], features.get([samples[index] for index in part]))
+        return no_grad(lambda: llm.generate(batch.embeds, batch.mask, max_new_tokens, edge.embed_new))
+
     answers = [""] * len(samples)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        batch = edge([prompts[index] for index in part], features.get([samples[index] for index in part]))
-        ids = llm.generate(batch.embeds, batch.mask, max_new_tokens, edge.embed_new)  # (B, max_new_tokens)
+    for part, ids in zip(parts, overlap(map(task, parts), width), strict=True):  # ids (B, max_new_tokens)
         texts = edge.edge.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for index, text in zip(part, texts, strict=True):
             answers[index] = text.strip()
     return answers
+
+
+def answer_losses(
+    edge: NanoEdge, llm: LanguageModel, data: ClientData, *, batch_size: int = 32, width: int = 1
+) -> Tensor:
+    """Mean loss of each sample's answer, in nats a token.
+
+    Args:
+        edge: NanoEdge with the adapters to use.
+        llm: the language model, here or on a host.
+        data: N samples with answers.
+        batch_size: samples a call.
+        width: calls at one time.
+
+    Returns:
+        ``(N,)`` float32 on the CPU.
+    """
+
+    def task(start: int) -> Callable[[], Tensor]:
+        with torch.no_grad():
+            batch = edge(*data.batch(range(start, min(start + batch_size, len(data)))))
+        return no_grad(lambda: llm.loss(batch.embeds, batch.mask, batch.labels).cpu())
+
+    return torch.cat(list(overlap(map(task, range(0, len(data), batch_size)), width)))

@@ -48,6 +48,10 @@ class ClientData:
             [self.samples[index] for index in indices]
         )
 
+    def warm(self, indices: Sequence[int]) -> None:
+        """Encode the images of the samples at ``indices`` that no cache holds yet."""
+        self._features.warm([self.samples[index] for index in indices])
+
     def _prompt(self, index: int) -> Prompt:
         if index not in self._prompts:
             sample = self.samples[index]

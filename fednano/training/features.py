@@ -24,6 +24,7 @@ from fednano.models.edge import EdgePart
 __all__ = ["FeatureCache"]
 
 _MEMORY_BYTES = 512 * 2**20
+_WARM_SAMPLES = 4096
 
 
 class FeatureCache:
@@ -87,6 +88,19 @@ class FeatureCache:
         if missing:
             found.update(self._encode(missing))
         return [found[key] if key is not None else None for key in wanted]
+
+    def warm(self, samples: Sequence[Sample]) -> None:
+        """Encode what is missing of the samples' images now and together, if the cache can hold it.
+
+        A later `get` in small batches would encode just as few images at a time, and store a shard for each.
+
+        Raises:
+            DataError: see `get`.
+        """
+        for start in range(0, len(samples), _WARM_SAMPLES):
+            self.get(samples[start : start + _WARM_SAMPLES])
+            if self._folder is None and 2 * self._held > self._budget:
+                return  # what came first would leave again before it is used
 
     def _key(self, image: Path) -> str:
         if image not in self._keys:

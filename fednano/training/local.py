@@ -118,6 +118,7 @@ def train_local(
     order = draw(
         len(data), settings.samples, seed=seed, client=client, start=(round_number - 1) * settings.samples
     )
+    data.warm(order)
     total, steps = 0.0, 0
     for start in range(0, len(order), settings.batch_size):
         prompts, features = data.batch(order[start : start + settings.batch_size])
