@@ -31,8 +31,10 @@ ALLOWED: dict[str, set[str]] = {
         "runs",
         "training",
     },
+    "export": {"errors", "adapters", "federation", "models", "runs"},
     "cli": {
         "errors",
+        "export",
         "adapters",
         "aggregation",
         "data",

@@ -26,7 +26,14 @@ from fednano.adapters.method import Method
 from fednano.adapters.mos import MoS
 from fednano.adapters.nano import NanoAdapter
 from fednano.adapters.nola import NOLA
-from fednano.adapters.peft_io import export_merged, export_peft, import_peft
+from fednano.adapters.peft_io import (
+    ExportedSite,
+    export_merged,
+    export_peft,
+    import_peft,
+    lora_factors,
+    write_lora,
+)
 from fednano.adapters.protocol import Adapter, Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.randlora import RandLoRA
 from fednano.adapters.registry import create, names, options
@@ -52,6 +59,7 @@ __all__ = [
     "Basis",
     "ConvLoRA",
     "Dense",
+    "ExportedSite",
     "Init",
     "LaMDA",
     "Leaf",
@@ -83,6 +91,7 @@ __all__ = [
     "group_sites",
     "import_peft",
     "load_checkpoint",
+    "lora_factors",
     "names",
     "options",
     "plan",
@@ -92,4 +101,5 @@ __all__ = [
     "select",
     "sites_of",
     "wire_leaves",
+    "write_lora",
 ]

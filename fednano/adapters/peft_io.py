@@ -23,10 +23,9 @@ from fednano.adapters.attach import attach
 from fednano.adapters.layer import AdapterLayer
 from fednano.adapters.lora import FFA, LoRA
 from fednano.adapters.nano import NanoAdapter
-from fednano.adapters.protocol import Site
 from fednano.errors import ModelError
 
-__all__ = ["ExportedSite", "export_merged", "export_peft", "import_peft"]
+__all__ = ["ExportedSite", "export_merged", "export_peft", "import_peft", "lora_factors", "write_lora"]
 
 _CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -50,8 +49,16 @@ class ExportedSite:
         return f"{self.site}: LoRA rank {self.rank}, {how}"
 
 
-def _factors(layer: AdapterLayer, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """``A`` ``(r, d_in)`` and ``B`` ``(d_out, r)`` with the scale in B, and the error."""
+def lora_factors(layer: AdapterLayer, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+    """The layer's change as ``B A``.
+
+    Args:
+        layer: of a mergeable adapter.
+        rank: of the factors; None copies those that the adapter has, if it has any.
+
+    Returns:
+        ``A`` ``(r, d_in)``, ``B`` ``(d_out, r)`` with the scale in it, and the relative Frobenius error, 0 for copies.
+    """
     adapter, both = layer.adapter, {**layer.theta, **layer.basis}
     if isinstance(adapter, LoRA | FFA) and rank is None:
         return both["A"].detach(), adapter.scale * both["B"].detach(), 0.0
@@ -65,14 +72,6 @@ def _factors(layer: AdapterLayer, rank: int | None) -> tuple[Tensor, Tensor, flo
     norm = float(change.norm())
     error = float((b.double() @ a.double() - change).norm()) / norm if norm else 0.0
     return a, b, error
-
-
-def _peft_tensors(site: Site, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    if site.kind == "embedding":
-        return {"lora_embedding_A": a, "lora_embedding_B": b}
-    if site.kind == "conv2d":
-        a, b = a.reshape(len(a), -1, *site.kernel), b[:, :, None, None]
-    return {"lora_A.weight": a, "lora_B.weight": b}
 
 
 def export_peft(
@@ -101,16 +100,45 @@ def export_peft(
         ModelError: a bridge (the target model has no module there), a grouped convolution, or a change that is not
             one matrix.
     """
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    factors: dict[str, tuple[str, Tensor, Tensor]] = {}
     report: list[ExportedSite] = []
     for name, layer in adapters.layers.items():
         _require_exportable(layer)
-        a, b, error = _factors(layer, rank)
+        a, b, error = lora_factors(layer, rank)
         report.append(ExportedSite(name, len(a), error))
-        ranks[prefix + name] = len(a)
-        for suffix, value in _peft_tensors(layer.site, a, b).items():
-            tensors[f"{_PREFIX}{prefix}{name}.{suffix}"] = value.cpu().float().contiguous()
+        if layer.site.kind == "conv2d":
+            a, b = a.reshape(len(a), -1, *layer.site.kernel), b[:, :, None, None]
+        factors[prefix + name] = (layer.site.kind, a, b)
+    write_lora(folder, factors, base_model=base_model, task_type=task_type)
+    return report
+
+
+def write_lora(
+    folder: str | Path,
+    factors: Mapping[str, tuple[str, Tensor, Tensor]],
+    *,
+    biases: Mapping[str, Tensor] | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write a PEFT LoRA checkpoint whose scaling is 1.
+
+    Args:
+        folder: created if needed.
+        factors: module name to its kind (``"linear"``, ``"conv2d"``, ``"embedding"``), ``A`` ``(r, ...)`` and
+            ``B`` ``(d_out, r, ...)`` in the layout that PEFT gives that kind.
+        biases: module name to the bias ``(d_out,)`` that replaces the module's own.
+        base_model: name written into the configuration.
+        task_type: PEFT's task, such as ``CAUSAL_LM``.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, (kind, a, b) in factors.items():
+        embedding = kind == "embedding"
+        tensors[f"{_PREFIX}{name}.{'lora_embedding_A' if embedding else 'lora_A.weight'}"] = a
+        tensors[f"{_PREFIX}{name}.{'lora_embedding_B' if embedding else 'lora_B.weight'}"] = b
+    for name, bias in (biases or {}).items():
+        tensors[f"{_PREFIX}{name}.base_layer.bias"] = bias
+    ranks = {name: len(a) for name, (_, a, _) in factors.items()}
     largest = max(ranks.values())
     other = {f"^{name.replace('.', chr(92) + '.')}$": r for name, r in ranks.items() if r != largest}
     config: dict[str, Any] = {
@@ -123,7 +151,7 @@ def export_peft(
         "rank_pattern": other,
         "alpha_pattern": other,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "lora_only" if biases else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -133,9 +161,9 @@ def export_peft(
     }
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, where / _WEIGHTS, metadata={"format": "pt"})
+    contents = {name: value.cpu().float().contiguous() for name, value in tensors.items()}
+    save_file(contents, where / _WEIGHTS, metadata={"format": "pt"})
     (where / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return report
 
 
 def _require_exportable(layer: AdapterLayer) -> None:

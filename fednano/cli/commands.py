@@ -91,6 +91,39 @@ def generate(
     typer.echo(json.dumps({"question": question, "answer": text}) if as_json else text)
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run's id or folder, or 'latest'.")] = "latest",
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="'peft', 'merged' or 'safetensors'; the README written with it says how to use it",
+        ),
+    ] = "peft",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; export/FORMAT in the run by default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="For 'peft': rank of the exported LoRA.")] = None,
+    runs_dir: Annotated[str, typer.Option(help="Folder of the run folders.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Write a tuned adapter for other tools."""
+    from fednano.runs import RunFolder
+
+    path = str(RunFolder.open(run, root=runs_dir).path)
+    from fednano.export import export_run
+
+    done = export_run(path, kind, out=out, rank=rank, runs_dir=Path(runs_dir))
+    if as_json:
+        sites = [{"site": site.site, "rank": site.rank, "error": site.error} for site in done.sites]
+        typer.echo(json.dumps({"folder": str(done.folder), "format": done.kind, "sites": sites}))
+        return
+    for site in done.sites:
+        typer.echo(str(site))
+    typer.echo(str(done.folder))
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from fednano.data import Sample
 from fednano.errors import ConfigError, RunError
+from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket
 from fednano.federation.model import build_edge, connect
 from fednano.federation.server import config_of
+from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder
 from fednano.training.answers import generate_answers
 from fednano.training.features import FeatureCache
 
-__all__ = ["answer"]
+__all__ = ["answer", "tuned_edge"]
 
 
 def answer(
@@ -42,6 +44,20 @@ def answer(
     if not question.strip():
         raise ConfigError("the question is empty; expected a sentence.")
     folder = RunFolder.open(run, root=runs_dir)
+    config, edge = tuned_edge(folder, untuned=untuned)
+    sample = Sample(id="question", image=image, question=question, answer="")
+    with connect(config, HostTicket()) as llm:
+        return generate_answers(edge, llm, FeatureCache(edge.edge), [sample], max_new_tokens=max_new_tokens)[
+            0
+        ]
+
+
+def tuned_edge(folder: RunFolder, *, untuned: bool = False) -> tuple[RunConfig, NanoEdge]:
+    """A run's settings, for one process, and its edge with the final adapters (or fresh ones, if ``untuned``).
+
+    Raises:
+        RunError: there is no final adapter, or it belongs to another model.
+    """
     config = config_of(folder).changed(placement="local")
     leaves, info = folder.load_adapter()
     edge = build_edge(config)
@@ -52,8 +68,4 @@ def answer(
         )
     if not untuned:
         edge.load_travelling(leaves)
-    sample = Sample(id="question", image=image, question=question, answer="")
-    with connect(config, HostTicket()) as llm:
-        return generate_answers(edge, llm, FeatureCache(edge.edge), [sample], max_new_tokens=max_new_tokens)[
-            0
-        ]
+    return config, edge

@@ -22,7 +22,7 @@ from fednano.models.language import LanguagePart
 from fednano.models.prompt import load_text_processor
 from fednano.models.quiet import quiet
 
-__all__ = ["count_parameters", "load_edge", "load_language", "split_model"]
+__all__ = ["count_parameters", "load_edge", "load_language", "load_whole", "split_model"]
 
 _EDGE_KEYS = ("vision_tower.", "multi_modal_projector.", "embed_tokens.")
 _LANGUAGE_KEYS = ("language_model.", "lm_head.")
@@ -118,6 +118,17 @@ def load_language(
     model.model.language_model.to(device)
     model.lm_head.to(device)
     return _language_part(model, files)
+
+
+def load_whole(name_or_path: str) -> Any:
+    """Load the undivided ``LlavaForConditionalGeneration``, frozen, on the CPU, in the dtype of its configuration.
+
+    Args and errors as for :func:`load_edge`.
+    """
+    files = find_model(name_or_path)
+    config = _config(files)
+    keys = tuple({*_EDGE_KEYS, *_LANGUAGE_KEYS})
+    return _build(files, config, keys, getattr(config, "dtype", None) or torch.float32)
 
 
 def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
