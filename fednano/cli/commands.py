@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fednano import __version__
+from fednano.cli.evaluate import app as evaluate_app
 from fednano.cli.options import settings_options
 from fednano.errors import ConfigError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated adapter tuning for multimodal LLMs, with the LLM on the server.",
 )
+app.add_typer(evaluate_app, name="evaluate")
 
 
 def _version(show: bool) -> None:
