@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from fednano.data import Sample
 from fednano.errors import ConfigError, RunError
 from fednano.federation.config import RunConfig
+from fednano.federation.gathering import BASIS_FILE, unflatten
 from fednano.federation.messages import HostTicket
 from fednano.federation.model import build_edge, connect
 from fednano.federation.server import config_of
@@ -60,7 +63,8 @@ def tuned_edge(folder: RunFolder, *, untuned: bool = False) -> tuple[RunConfig, 
     """
     config = config_of(folder).changed(placement="local")
     leaves, info = folder.load_adapter()
-    edge = build_edge(config)
+    file = folder.file(BASIS_FILE)
+    edge = build_edge(config, unflatten(load_file(file)) if file.exists() else None)
     if info.get("edge") != edge.edge.fingerprint:
         raise RunError(
             f"the run {folder.path.name} tuned another model than {config.model!r} is now (edge weights "

@@ -36,6 +36,20 @@ def _hello(message: Message, context: Context) -> Message:
     return _answer(hello, message, context)
 
 
+@client_app.query("gather")
+def _gather(message: Message, context: Context) -> Message:
+    from fednano.federation.client_task import gather
+
+    return _answer(gather, message, context)
+
+
+@client_app.query("install")
+def _install(message: Message, context: Context) -> Message:
+    from fednano.federation.client_task import install
+
+    return _answer(install, message, context)
+
+
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
     from fednano.federation.client_task import train

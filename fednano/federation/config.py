@@ -121,6 +121,9 @@ class RunConfig:
     )
     device: str = _setting("cpu", "device of encoder and adapters: 'cpu' or 'cuda'")
     threads: int = _setting(1, "torch threads per process; more threads can change the last bits")
+    gather_samples: int = _setting(
+        128, "samples of each client in the gradient from which adapters such as 'lora-sb' take their basis"
+    )
     # Evaluation
     evaluate_every: int = _setting(1, "evaluate globally every so many rounds; 0 = only before and after")
     evaluate_samples: int = _setting(500, "test questions in the evaluations between rounds; 0 = all")
@@ -209,6 +212,7 @@ _AT_LEAST = {
     "host_workers": 1,
     "threads": 1,
     "evaluate_every": 0,
+    "gather_samples": 1,
     "evaluate_samples": 0,
     "final_samples": 0,
     "max_new_tokens": 1,

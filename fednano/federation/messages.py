@@ -8,7 +8,7 @@ carry bfloat16), and a header that is checked before anything is read. Everythin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -90,7 +90,11 @@ class Instruction:
         ticket: how to reach the language host.
         pool: train on the data of all simulated clients at once (the centralised baseline).
         advice: what the merge rule asks of local training, such as ``{"fisher": True}``.
-        leaves: adapter leaves to start from.
+        leaves: adapter leaves to start from; those that every client has or keeps to itself need not travel.
+        basis: fingerprint of the adapters' basis, where the server has shipped one.
+        run: id of the run, under which a client keeps its memory.
+        accepted: the last round whose update of this client was merged; 0 = none.
+        extra: what a merge rule sends beside the leaves: control variates, residuals.
     """
 
     config: RunConfig
@@ -100,10 +104,14 @@ class Instruction:
     pool: bool
     advice: dict[str, Scalar]
     leaves: dict[str, Tensor]
+    basis: str = ""
+    run: str = "run"
+    accepted: int = 0
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def to_records(self) -> RecordDict:
         """As the content of a Flower message."""
-        return RecordDict(
+        content = RecordDict(
             {
                 "config": ConfigRecord(dict(self.config.to_mapping())),
                 "task": ConfigRecord(
@@ -115,12 +123,18 @@ class Instruction:
                         "host-token": self.ticket.token,
                         "host-root": self.ticket.root_certificates,
                         "host-fingerprint": self.ticket.fingerprint,
+                        "basis": self.basis,
+                        "run": self.run,
+                        "accepted": self.accepted,
                     }
                 ),
                 "advice": ConfigRecord(dict(self.advice)),
                 "leaves": encode_tensors(self.leaves),
             }
         )
+        if self.extra:
+            content["extra"] = encode_tensors(self.extra)
+        return content
 
     @classmethod
     def from_records(cls, content: RecordDict) -> Instruction:
@@ -136,6 +150,10 @@ class Instruction:
             pool=task["pool"],
             advice=cast("dict[str, Scalar]", dict(content.config_records["advice"])),
             leaves=decode_tensors(content.array_records["leaves"]),
+            basis=task["basis"],
+            run=task["run"],
+            accepted=task["accepted"],
+            extra=decode_tensors(content.array_records["extra"]) if "extra" in content.array_records else {},
         )
 
 

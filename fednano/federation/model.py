@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fednano.adapters import Adapter, create
+from fednano.adapters import Adapter, Basis, create
 from fednano.adapters import options as adapter_options
 from fednano.data import Sample, load_dataset, partition, split_holdout
 from fednano.errors import ConfigError, HostRefused
 from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket
 from fednano.host import RemoteLLM
-from fednano.models.edge import NanoEdge
+from fednano.models.edge import EdgePart, NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.models.load import load_edge
 
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
 
     from fednano.data import Dataset
 
-__all__ = ["build_adapter", "build_edge", "client_name", "connect", "partition_samples", "use_threads"]
+__all__ = [
+    "build_adapter",
+    "build_edge",
+    "client_name",
+    "connect",
+    "gathers",
+    "partition_samples",
+    "put_adapters",
+    "use_threads",
+]
 
 
 def build_adapter(config: RunConfig) -> Adapter:
@@ -33,6 +43,10 @@ def build_adapter(config: RunConfig) -> Adapter:
     options: dict[str, object] = {"rank": config.rank} if "rank" in known else {}
     if "scale" in known:
         options["scale"] = config.scale
+    if "start_from" in known:
+        options["start_from"] = (
+            "zero"  # behind the edge an adapter adds to what is there; it replaces nothing
+        )
     if config.adapter == "nano":
         options["act"] = config.activation
     elif config.activation != "linear":
@@ -42,8 +56,18 @@ def build_adapter(config: RunConfig) -> Adapter:
     return create(config.adapter, **{**options, **config.adapter_settings})
 
 
-def build_edge(config: RunConfig) -> NanoEdge:
+def gathers(config: RunConfig) -> bool:
+    """Whether the run's adapters need the clients' gradients before they can be made."""
+    return build_adapter(config).basis is Basis.STATS
+
+
+def build_edge(config: RunConfig, bases: Mapping[str, Mapping[str, Tensor]] | None = None) -> NanoEdge:
     """Load the edge part of the model and put fresh adapters behind it.
+
+    Args:
+        config: the run's settings.
+        bases: per stream, the basis of adapters that need gathered gradients. Without it they get a placeholder of the
+            right shapes, which trains nothing sensible, but can be counted and replaced.
 
     Raises:
         ModelError: the model cannot be loaded or is of another kind.
@@ -51,10 +75,23 @@ def build_edge(config: RunConfig) -> NanoEdge:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but this machine has no usable GPU. Set device to 'cpu'.")
-    edge = load_edge(config.model, device=config.device)
+    return put_adapters(load_edge(config.model, device=config.device), config, bases=bases)
+
+
+def put_adapters(
+    edge: EdgePart,
+    config: RunConfig,
+    *,
+    stats: Mapping[str, Mapping[str, Tensor]] | None = None,
+    bases: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> NanoEdge:
+    """Put the run's adapters behind an edge that is loaded already; see `build_edge`."""
     adapter = build_adapter(config)
-    nano = NanoEdge(edge, dict.fromkeys(config.stream_names, adapter), seed=config.seed)
-    return nano.to(config.device)
+    if adapter.basis is Basis.STATS and stats is None and bases is None:
+        noise = torch.randn(edge.hidden_size, edge.hidden_size, generator=torch.Generator().manual_seed(0))
+        stats = {stream: {"gradient": noise} for stream in config.stream_names}
+    adapters = dict.fromkeys(config.stream_names, adapter)
+    return NanoEdge(edge, adapters, seed=config.seed, stats=stats, bases=bases).to(config.device)
 
 
 @contextmanager

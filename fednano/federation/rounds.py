@@ -83,6 +83,7 @@ class Federation:
         stop: a request to end early.
         evaluator: judges adapters on the test set.
         simulated: whether the clients hold parts of one data set, instead of data of their own.
+        basis: fingerprint of the adapters' basis, where one was shipped.
     """
 
     grid: Grid
@@ -95,6 +96,7 @@ class Federation:
     stop: Stop
     evaluator: Evaluator
     simulated: bool
+    basis: str = ""
 
 
 @dataclass
@@ -238,7 +240,7 @@ def _train(
 ) -> Iterator[Delivery]:
     requests = {}
     for client, own in leaves.items():
-        instruction = Instruction(fed.config, phase, number, fed.ticket, pool, dict(advice), own)
+        instruction = Instruction(fed.config, phase, number, fed.ticket, pool, dict(advice), own, fed.basis)
         content = instruction.to_records()
         requests[client] = (fed.nodes[client], content)
         wire.requests += 1

@@ -24,10 +24,11 @@ from fednano.federation.baselines import build_rule, run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
+from fednano.federation.gathering import settle_basis
 from fednano.federation.hosting import open_host
 from fednano.federation.judging import judge_all
 from fednano.federation.messages import HostTicket, Instruction, Reply
-from fednano.federation.model import build_edge, connect, use_threads
+from fednano.federation.model import build_edge, connect, gathers, use_threads
 from fednano.federation.outcome import write_outcome
 from fednano.federation.rounds import MAIN_PHASE, Federation, Leaves, PhaseResult, run_rounds
 from fednano.models.edge import NanoEdge
@@ -146,24 +147,27 @@ def _run(
     starting = starter.submit(host.enter_context, open_host(config, view, folder.path / "host.log"))
     edge = build_edge(config)
     check_combination(rule, algebra_of(edge))
-    start = edge.travelling()
-    spec = spec_of(edge, config)
     nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
-    clients = _introduce(grid, nodes, config, start, edge, stop)
+    clients = _introduce(grid, nodes, config, edge.travelling(), edge, stop)
+    by_name = {name: client.node for name, client in clients.items()}
     ticket = starting.result()
+    if gathers(config):
+        edge = settle_basis(grid, by_name, config, ticket, edge, folder, stop)
+    start = edge.travelling()
     llm = stack.enter_context(connect(config, ticket))
     evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
     fed = Federation(
         grid=grid,
-        nodes={name: client.node for name, client in clients.items()},
+        nodes=by_name,
         config=config,
         ticket=ticket,
-        spec=spec,
+        spec=spec_of(edge, config),
         folder=folder,
         view=view,
         stop=stop,
         evaluator=evaluator,
         simulated=all(client.hello.facts.get("simulated") == "True" for client in clients.values()),
+        basis=edge.basis_fingerprint() if gathers(config) else "",
     )
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
@@ -301,7 +305,10 @@ def _judge_clients(fed: Federation, leaves: Leaves) -> None:
     if fed.config.holdout == 0:
         return
     asked = {
-        name: (node, Instruction(fed.config, MAIN_PHASE, 0, fed.ticket, False, {}, leaves).to_records())
+        name: (
+            node,
+            Instruction(fed.config, MAIN_PHASE, 0, fed.ticket, False, {}, leaves, fed.basis).to_records(),
+        )
         for name, node in fed.nodes.items()
     }
     deliveries = exchange(

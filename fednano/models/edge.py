@@ -125,12 +125,22 @@ class NanoEdge(nn.Module):
         edge: the frozen part.
         adapters: stream name (``"image"``, ``"text"``) to adapter. A stream without one passes unchanged.
         seed: seed of the adapters' frozen and initial leaves; the same on all clients of a run.
+        stats: per stream, for adapters whose basis comes from gathered statistics.
+        bases: per stream, a basis made elsewhere; then nothing is computed.
 
     Raises:
         ConfigError: no adapter at all, or a stream that does not exist.
     """
 
-    def __init__(self, edge: EdgePart, adapters: Mapping[str, Adapter], *, seed: int) -> None:
+    def __init__(
+        self,
+        edge: EdgePart,
+        adapters: Mapping[str, Adapter],
+        *,
+        seed: int,
+        stats: Mapping[str, Mapping[str, Tensor]] | None = None,
+        bases: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         super().__init__()
         unknown = sorted(set(adapters) - set(STREAMS))
         if unknown or not adapters:
@@ -140,10 +150,17 @@ class NanoEdge(nn.Module):
         self.edge = edge
         self.layers = nn.ModuleDict(
             {
-                stream: AdapterLayer(adapter, self.site(stream, edge.hidden_size), seed=seed)
+                stream: AdapterLayer(
+                    adapter,
+                    self.site(stream, edge.hidden_size),
+                    seed=seed,
+                    stats=(stats or {}).get(stream),
+                    basis=(bases or {}).get(stream),
+                )
                 for stream, adapter in adapters.items()
             }
         )
+        self.beside: dict[str, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def site(stream: str, hidden_size: int) -> Site:
@@ -205,15 +222,20 @@ class NanoEdge(nn.Module):
             where = batch.streams[stream]  # (B, T)
             if where.any():
                 rows = batch.raw[where]  # (N, d): an adapter sees its own positions and nothing else
-                embeds = embeds.masked_scatter(where.unsqueeze(-1), self.layer(stream)(rows))
+                embeds = embeds.masked_scatter(where.unsqueeze(-1), self._adapt(stream, rows))
         return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams)
 
     def embed_new(self, ids: Tensor) -> Tensor:
         """Embed generated tokens ``(B,)`` as training embeds answers: adapted like all text. Returns ``(B, d)``."""
         rows = self.edge.embed(ids)
-        if "text" not in self.layers:
-            return rows
-        adapted: Tensor = self.layer("text")(rows)
+        return self._adapt("text", rows) if "text" in self.layers else rows
+
+    def _adapt(self, stream: str, rows: Tensor) -> Tensor:
+        """Rows ``(N, d)`` behind a stream's adapter and, where a merge rule left one, its residual."""
+        adapted: Tensor = self.layer(stream)(rows)
+        if stream in self.beside:
+            down, up = self.beside[stream]  # (d, q), (q, d)
+            adapted = adapted + (rows @ down) @ up
         return adapted
 
     def parameter_count(self) -> int:
@@ -229,19 +251,42 @@ class NanoEdge(nn.Module):
         }
 
     def load_travelling(self, leaves: Mapping[str, Tensor]) -> None:
-        """Take over leaves from :meth:`travelling`.
+        """Take over leaves from :meth:`travelling`, and residuals that merge rules carry beside the frozen model.
+
+        A residual is a pair of frozen factors, ``"beside/<stream>.down"`` ``(d, q)`` and ``"beside/<stream>.up"``
+        ``(q, d)``; without them a stream has none.
 
         Raises:
-            ConfigError: the leaves belong to another set of streams.
+            ConfigError: the leaves belong to another set of streams, or a residual does not fit.
         """
         by_stream: dict[str, dict[str, Tensor]] = {stream: {} for stream in self.layers}
+        self.beside = self._residuals(leaves)
         for name, tensor in leaves.items():
+            if name.startswith("beside/"):
+                continue
             stream, _, leaf = name.partition(".")
             if stream not in by_stream:
                 raise ConfigError(f"got a leaf {name!r}; this NanoEdge has the streams {sorted(by_stream)}.")
             by_stream[stream][leaf] = tensor
         for stream, group in by_stream.items():
             self.layer(stream).load_travelling(group)
+
+    def _residuals(self, leaves: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        found = {name.removeprefix("beside/") for name in leaves if name.startswith("beside/")}
+        pairs = {}
+        for stream in sorted({name.rsplit(".", 1)[0] for name in found}):
+            down, up = (leaves.get(f"beside/{stream}.{side}") for side in ("down", "up"))
+            width = self.edge.hidden_size
+            if stream not in self.layers or down is None or up is None:
+                raise ConfigError(f"got the residuals {sorted(found)}; expected down and up of {list(self.layers)}.")
+            if down.shape[0] != width or up.shape[1:] != (width,) or down.shape[1] != up.shape[0]:
+                raise ConfigError(
+                    f"the residual of {stream} is {tuple(down.shape)} x {tuple(up.shape)}; expected ({width}, q) x "
+                    f"(q, {width})."
+                )
+            device = next(self.layer(stream).parameters()).device
+            pairs[stream] = (down.to(device), up.to(device))
+        return pairs
 
     def spec(self) -> str:
         """The adapters' configuration in one line; updates of equal spec have equal leaves."""
