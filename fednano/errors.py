@@ -11,7 +11,10 @@
     │   └── HostRefused        the host answered that the call is not acceptable
     ├── UpdateRefused    a client's update failed validation and must not be merged
     ├── TrainingDiverged a loss or a gradient stopped being finite
-    └── RunError         a run cannot start, resume or be read
+    ├── RunError         a run cannot start, resume or be read
+    ├── RequestRefused   an unlearning request or approval is not acceptable: signature, replay, scope, quota
+    ├── JobStateError    an unlearning job is not in a state in which this can be done
+    └── ReceiptInvalid   a receipt or the log of receipts is not what was signed
 
 :class:`Interrupted` stands apart: nothing was wrong, somebody asked the run to end.
 """
@@ -26,7 +29,10 @@ __all__ = [
     "HostRefused",
     "HostUnavailable",
     "Interrupted",
+    "JobStateError",
     "ModelError",
+    "ReceiptInvalid",
+    "RequestRefused",
     "RunError",
     "TrainingDiverged",
     "UpdateRefused",
@@ -77,6 +83,18 @@ class TrainingDiverged(FednanoError):
 
 class RunError(FednanoError):
     """A run cannot start, resume or be read."""
+
+
+class RequestRefused(FednanoError):
+    """An unlearning request or approval is not acceptable: signature, replay, scope, quota."""
+
+
+class JobStateError(FednanoError):
+    """An unlearning job is not in a state in which this can be done."""
+
+
+class ReceiptInvalid(FednanoError):
+    """A receipt or the log of receipts is not what was signed."""
 
 
 class Interrupted(Exception):

@@ -265,8 +265,10 @@ class RunFolder:
         from safetensors.torch import load
 
         info = self.read_json("adapter.json")
+        # An unlearning commit lets adapter.json point to the new tensors first: that one rename is the commit.
+        own = info.pop("file", _checkpoints.TENSORS) if isinstance(info, dict) else _checkpoints.TENSORS
         try:
-            payload = self.file(_checkpoints.TENSORS).read_bytes()
+            payload = self.file(str(own)).read_bytes()
         except OSError as error:
             raise RunError(
                 f"Run {self.id} has no final adapter: {error.strerror}. Let the run finish first."
