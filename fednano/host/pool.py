@@ -50,6 +50,7 @@ class ComputePool:
         self._limits, self._stats = limits, stats
         if threads is not None:
             torch.set_num_threads(threads)
+        self.workers = workers
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="language-host")
 
     @asynccontextmanager

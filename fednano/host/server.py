@@ -49,6 +49,8 @@ class HostServer:
         workers: computations at one time.
         threads: torch threads of each; ``None`` leaves torch's setting alone.
         chunk_bytes: size of the chunks of a reply, at most 4 MiB less a few bytes.
+        batch_tokens: most tokens of a batch of several clients' steps; 0 computes each request alone, see
+            `fednano.host.batching.StepBatcher`.
 
     Raises:
         ConfigError: a bad number, or an address that other machines can reach without TLS.
@@ -64,6 +66,7 @@ class HostServer:
         workers: int = 1,
         threads: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        batch_tokens: int = 0,
     ) -> None:
         self._listen, self._security, self._limits = (
             listen,
@@ -85,6 +88,7 @@ class HostServer:
             self.stats,
             verifier=self._security.verifier,
             chunk_bytes=chunk_bytes,
+            batch_tokens=batch_tokens,
         )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -159,6 +163,7 @@ def serve(
     workers: int = 1,
     threads: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    batch_tokens: int = 0,
     grace: float = 10.0,
 ) -> Iterator[RunningHost]:
     """Run a host on a thread for the length of a ``with`` block. Arguments and errors as for `HostServer`.
@@ -174,6 +179,7 @@ def serve(
         workers=workers,
         threads=threads,
         chunk_bytes=chunk_bytes,
+        batch_tokens=batch_tokens,
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="language-host-loop")

@@ -32,7 +32,8 @@ import torch
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
-from fednano.host.compute import begin_generation, compute_step
+from fednano.host.batching import StepBatcher
+from fednano.host.compute import begin_generation
 from fednano.host.limits import HostLimits
 from fednano.host.names import CHUNK_BYTES, LABEL_BYTES, REASON_KEY
 from fednano.host.pool import BusyError, ComputePool
@@ -60,6 +61,7 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         stats: where to count.
         verifier: checks tokens; ``None`` admits everybody.
         chunk_bytes: size of the chunks of a reply.
+        batch_tokens: see `fednano.host.batching.StepBatcher`.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         *,
         verifier: TokenVerifier | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        batch_tokens: int = 0,
     ) -> None:
+        self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens)
         self._llm, self._pool, self._limits, self._stats = llm, pool, limits, stats
         self._verifier, self._chunk_bytes = verifier, chunk_bytes
 
@@ -113,7 +117,7 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
             body = self._sizes(header, per_token=LABEL_BYTES)
             async with self._pool.admit(body):
                 buffer = await self._receive(context, "step", body)
-                reply, gradient = await self._pool.run(lambda: compute_step(self._llm, header, buffer))
+                reply, gradient = await self._steps.run(header, buffer, trace.peer)
                 await self._send(context, "step", pb.StepReply(header=reply))
                 for chunk in codec.chunks([gradient], self._chunk_bytes):
                     await self._send(context, "step", pb.StepReply(chunk=chunk))

@@ -174,18 +174,39 @@ class LocalLLM:
         Returns:
             ``(B,)`` float32 on the device of ``embeds`` (float64 when the model itself is float64).
         """
-        # Not at the top: training imports models.
-        from fednano.training.objectives import get_objective
+        return step_loss(
+            embeds, lambda rows, want: self.loss_and_gradient(rows, mask, labels, objective, want)
+        )
 
-        token_loss = get_objective(objective)
+    def check(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str = "cross_entropy") -> None:
+        """Raise what `loss` would raise, without computing. Arguments and errors as there."""
+        from fednano.training.objectives import get_objective  # not at the top: training imports models
+
+        get_objective(objective)
         self._check(embeds, mask, labels)
 
-        def compute(rows: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
-            with torch.set_grad_enabled(want_gradient):
-                losses = self._losses(rows.requires_grad_(want_gradient), mask, labels, token_loss)
-                return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
+    def loss_and_gradient(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str, want_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses ``(B,)`` as in `loss` and, if wanted, the gradient ``(B, T, d)`` of their sum, outside of any graph.
 
-        return step_loss(embeds, compute)
+        Args:
+            embeds: ``(B, T, d)`` float, without a graph.
+            mask: ``(B, T)``.
+            labels: ``(B, T)`` int64.
+            objective: name of the token loss.
+            want_gradient: whether to go backward.
+
+        Raises:
+            HostRefused, ConfigError: as `loss`.
+        """
+        from fednano.training.objectives import get_objective
+
+        self.check(embeds, mask, labels, objective)
+        rows = embeds.detach().requires_grad_(want_gradient)
+        with torch.set_grad_enabled(want_gradient):
+            losses = self._losses(rows, mask, labels, get_objective(objective))
+            return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
 
     def _losses(
         self, embeds: Tensor, mask: Tensor, labels: Tensor, token_loss: Callable[[Tensor, Tensor], Tensor]
