@@ -46,6 +46,8 @@ def check_combination(
     differential_privacy: bool = False,
     ranks_differ: bool = False,
     products: bool | None = None,
+    codec: str = "none",
+    late: bool = False,
 ) -> None:
     """Refuse, before a run starts, a combination that cannot be right.
 
@@ -56,6 +58,8 @@ def check_combination(
         differential_privacy: one client's influence must be bounded.
         ranks_differ: clients will have different ranks.
         products: whether the adapter's leaves form products; None: not known, not checked.
+        codec: what encodes the uplink, see `codecs`.
+        late: updates of earlier rounds will be merged, too.
 
     Raises:
         ConfigError: with the reason, and with rules that would do.
@@ -69,6 +73,8 @@ def check_combination(
             differential_privacy=differential_privacy,
             ranks_differ=ranks_differ,
             products=products,
+            codec=codec,
+            late=late,
         )
     name = rule if isinstance(rule, str) else rule.name
     word = algebra_name(algebra)
@@ -76,26 +82,38 @@ def check_combination(
         "secure_aggregation": secure_aggregation,
         "differential_privacy": differential_privacy,
         "ranks": ranks_differ,
+        "late": late,
     }
-    reason = _objection(name, word, asked, products)
+    reason = _objection(name, word, asked, products, codec)
     if reason:
-        fits = [other for other in rule_names() if not _objection(other, word, asked, products)]
+        fits = [other for other in rule_names() if not _objection(other, word, asked, products, codec)]
         raise ConfigError(f"rule {name!r} {reason}. Rules that fit: {', '.join(fits) if fits else 'none'}")
 
 
-def _objection(name: str, algebra: str, asked: Mapping[str, bool], products: bool | None) -> str:
+def _objection(name: str, algebra: str, asked: Mapping[str, bool], products: bool | None, codec: str) -> str:
     can = rule_class(name).capability
-    if algebra not in can.allowed:
-        return f"does not fit a {algebra} adapter: it computes {can.exact_note}"
-    if products is False and "products" in can.needs:
-        return "merges products of two leaves, and this adapter's leaves form none"
-    if asked["secure_aggregation"] and not can.secure_aggregation:
-        return "needs each client's update in the clear, and secure aggregation shows the server nothing but sums"
-    if asked["differential_privacy"] and not can.differential_privacy:
-        return "does not bound one client's influence on what is published, which differential privacy needs"
-    if asked["ranks"] and not can.ranks:
-        return "cannot merge clients of different ranks"
-    return ""
+    objections = (
+        (algebra not in can.allowed, f"does not fit a {algebra} adapter: it computes {can.exact_note}"),
+        (
+            products is False and "products" in can.needs,
+            "merges products of two leaves, and this adapter's leaves form none",
+        ),
+        (
+            asked["secure_aggregation"] and not can.secure_aggregation,
+            "needs each client's update in the clear, and secure aggregation shows the server nothing but sums",
+        ),
+        (
+            asked["differential_privacy"] and not can.differential_privacy,
+            "does not bound one client's influence on what is published, which differential privacy needs",
+        ),
+        (asked["ranks"] and not can.ranks, "cannot merge clients of different ranks"),
+        (
+            asked["late"] and not can.late,
+            "ties each update to its own round, so late ones cannot be buffered; drop them",
+        ),
+        (codec in can.codecs_refused, f"cannot bear codec {codec!r}: {can.codecs_note}"),
+    )
+    return next((reason for applies, reason in objections if applies), "")
 
 
 def rule_table() -> list[dict[str, str]]:
@@ -120,6 +138,8 @@ def rule_table() -> list[dict[str, str]]:
                 "secure aggregation": yes(can.secure_aggregation),
                 "differential privacy": yes(can.differential_privacy),
                 "different ranks": yes(can.ranks),
+                "late updates": yes(can.late),
+                "codecs": f"all but {', '.join(sorted(can.codecs_refused))}" if can.codecs_refused else "all",
                 "needs": ", ".join(sorted(can.needs)) or "leaves",
                 "arXiv": can.paper,
             }

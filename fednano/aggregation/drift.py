@@ -62,6 +62,9 @@ class Scaffold(MeanRule):
         bytes_down="2",
         differential_privacy=False,
         needs=frozenset({"steps"}),
+        late=False,
+        codecs_refused=frozenset({"int4", "sign", "topk", "dct"}),
+        codecs_note="what they lose would enter the control variates, divided by the step size",
     )
 
     def __post_init__(self) -> None:
@@ -163,6 +166,7 @@ class QFedAvg(Rule):
         secure_aggregation=False,  # the server measures each client's change
         differential_privacy=False,
         needs=frozenset({"loss"}),
+        late=False,
     )
 
     def __post_init__(self) -> None:

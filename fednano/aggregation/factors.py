@@ -57,7 +57,7 @@ class FFA(_FixedFactor):
         exact_note="the mean of the deltas: they are linear in B, also behind a GELU",
         allowed=_PRODUCT,
         bytes_up="1/2",
-        bytes_down="1/2 after the first round",
+        bytes_down="1/2",
         needs=frozenset({"products"}),
     )
 
@@ -83,8 +83,9 @@ class RoLoRA(_FixedFactor):
         exact_note="the mean of the deltas in each round: one factor is shared while the other moves",
         allowed=_PRODUCT,
         bytes_up="1/2",
-        bytes_down="1/2 after the first round",
+        bytes_down="1, 1/2 in the first round",
         needs=frozenset({"products"}),
+        late=False,
     )
 
     @staticmethod

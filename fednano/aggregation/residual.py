@@ -98,6 +98,7 @@ class FedEx(_Residual):
         secure_aggregation=False,
         ranks=True,
         needs=frozenset({"products"}),
+        late=False,
     )
 
     def __post_init__(self) -> None:
@@ -166,6 +167,9 @@ class FLoRA(_Residual):
         secure_aggregation=False,
         ranks=True,
         needs=frozenset({"products"}),
+        late=False,
+        codecs_refused=frozenset({"int4", "sign", "topk", "dct"}),
+        codecs_note="every round starts from fresh factors, to which the error fed back does not belong",
     )
 
     def __post_init__(self) -> None:

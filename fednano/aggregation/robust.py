@@ -33,8 +33,18 @@ def combined(spec: Spec, updates: Sequence[Update], weights: Sequence[float]) ->
     }
 
 
-def robust_capability(summary: str, paper: str, note: str, needs_all: bool = True) -> Capability:
-    """What the robust rules have in common: no sum shows the server enough."""
+def robust_capability(
+    summary: str, paper: str, note: str, needs_all: bool = True, coordinates: bool = False
+) -> Capability:
+    """What the robust rules have in common: no sum shows the server enough.
+
+    Args:
+        summary: one line.
+        paper: arXiv id.
+        note: what is computed.
+        needs_all: whether all updates are held at once.
+        coordinates: whether clients are compared coordinate by coordinate.
+    """
     return Capability(
         summary=summary,
         paper=paper,
@@ -43,6 +53,10 @@ def robust_capability(summary: str, paper: str, note: str, needs_all: bool = Tru
         streaming=not needs_all,
         secure_aggregation=False,
         differential_privacy=not needs_all,
+        codecs_refused=frozenset({"topk"}) if coordinates else frozenset(),
+        codecs_note="most clients send nothing at a coordinate, so the middle of them is no change at all"
+        if coordinates
+        else "",
     )
 
 
@@ -112,7 +126,7 @@ class Median(HeldRule):
 
     name: ClassVar[str] = "median"
     capability: ClassVar[Capability] = robust_capability(
-        "median of each coordinate", "1803.01498", "coordinate-wise medians of the leaves"
+        "median of each coordinate", "1803.01498", "coordinate-wise medians of the leaves", coordinates=True
     )
 
     def finish(self, state: State) -> Leaves:
@@ -150,6 +164,7 @@ class TrimmedMean(HeldRule):
         "mean of each coordinate without its extremes",
         "1803.01498",
         "coordinate-wise trimmed means of the leaves",
+        coordinates=True,
     )
 
     def __post_init__(self) -> None:
@@ -184,6 +199,7 @@ class Bulyan(HeldRule):
         "Krum selection, then each coordinate's values nearest the median",
         "1802.07927",
         "coordinate-wise means of selected values",
+        coordinates=True,
     )
 
     def __post_init__(self) -> None:

@@ -46,6 +46,9 @@ class Capability:
         differential_privacy: one client's influence on what is merged is bounded once its update is clipped.
         ranks: clients may have different ranks.
         needs: what an update must hold besides leaves: any of "fisher", "loss", "steps", "products".
+        late: an update of an earlier round can be moved onto the current adapter and merged.
+        codecs_refused: uplink codecs whose error the rule cannot bear.
+        codecs_note: why not.
     """
 
     summary: str
@@ -60,6 +63,9 @@ class Capability:
     differential_privacy: bool = True
     ranks: bool = False
     needs: frozenset[str] = frozenset()
+    late: bool = True
+    codecs_refused: frozenset[str] = frozenset()
+    codecs_note: str = ""
 
 
 class Seen:

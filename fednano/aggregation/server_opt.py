@@ -17,6 +17,7 @@ Momenta are float64 and part of the checkpoint.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,6 +122,11 @@ class ServerOptimiser(Rule):
     def memory(self, state: State) -> Leaves:
         """Momenta ``m/<leaf>``, ``v/<leaf>`` (float64), the number of steps, and what the rule below remembers."""
         return dict(state.outer)
+
+    def downlink(self, memory: Mapping[str, Tensor]) -> Leaves:
+        """As the rule below."""
+        below = {k.removeprefix("over/"): v for k, v in memory.items() if k.startswith("over/")}
+        return self._inner().downlink(below)
 
     def _step(self, d: Tensor, m: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """From the change ``d`` and both moments (one shape): the move, and the new moments."""

@@ -98,6 +98,8 @@ class Ties(HeldRule):
         streaming=False,
         secure_aggregation=False,
         differential_privacy=False,
+        codecs_refused=frozenset({"sign"}),
+        codecs_note="it picks entries by their size, and one bit has none",
     )
 
     def __post_init__(self) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from fednano.aggregation import Rule, check_combination, create_rule
+from fednano.aggregation import Rule, Spec, check_combination, create_rule
+from fednano.aggregation.drift import Scaffold
+from fednano.aggregation.robust import Bulyan
 from fednano.errors import ConfigError
-from fednano.federation.client_task import ADVICE
+from fednano.federation.asking import needed_clients
 from fednano.federation.config import RunConfig, parse_settings
 from fednano.federation.judging import judge_all, record_accuracy
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
+from fednano.federation.uplink import codec_for
 
-__all__ = ["BaselineResult", "build_rule", "run_baselines"]
+__all__ = ["BaselineResult", "build_rule", "check_rule", "run_baselines"]
 
 
 @dataclass(frozen=True)
@@ -59,29 +62,49 @@ def build_rule(config: RunConfig, name: str) -> Rule:
     """A merge rule by name, with the options that the run's settings give it.
 
     Raises:
-        ConfigError: no rule has that name, it has no such option, or it needs something of the clients that runs
-            cannot give it yet.
+        ConfigError: no rule has that name, or it has no such option.
     """
     options = parse_settings(config.rule_options, "rule-options") if name == config.rule else {}
     rule = create_rule(name, **options)
-    needs = sorted({key for number in (1, 2) for key in rule.client_config(number)} - ADVICE)
-    if type(rule).downlink is not Rule.downlink:
-        needs.append("more than the adapter on the way down")
-    if needs:
-        raise ConfigError(
-            f"rule {name!r} needs of the clients: {', '.join(needs)}. Runs cannot give it that yet; as a library it is "
-            "in fednano.aggregation. Choose another rule, such as 'fedavg', 'fisher' or 'flexlora'."
+    if isinstance(rule, Scaffold) and not rule.clients:
+        return replace(rule, clients=config.clients)
+    if isinstance(rule, Bulyan) and "malicious" not in options:
+        # As many as so few clients can bear; who asks for more by name is told.
+        return replace(
+            rule, malicious=min(rule.malicious, max(0, needed_clients(config, config.clients) - 3) // 4)
         )
     return rule
 
 
+def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
+    """Refuse, before anything is trained, a rule that cannot be right with the run's adapter, codec or late replies.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    codec_for(config.codec, config.codec_options)
+    taking_part = needed_clients(config, config.clients)
+    if isinstance(rule, Bulyan) and taking_part < 4 * rule.malicious + 3:
+        raise ConfigError(
+            f"rule 'bulyan' needs {4 * rule.malicious + 3} updates a round against {rule.malicious} malicious clients, "
+            f"and {taking_part} take part. Lower malicious, or raise clients or fraction."
+        )
+    check_combination(
+        rule,
+        spec.algebra,
+        products=bool(spec.products),
+        codec=config.codec,
+        late=config.late == "buffer",
+    )
+
+
 def _other_rule(fed: Federation, name: str, start: Leaves) -> BaselineResult:
     rule = build_rule(fed.config, name)
-    check_combination(rule, fed.spec.algebra)
+    check_rule(rule, fed.spec, fed.config)
     began = time.monotonic()
     fed.view.phase_started(name, fed.config.rounds)
     result = run_rounds(fed, name, rule, PhaseResult(start))
-    judged = judge_all(fed, name, result.rounds, result.leaves)
+    judged = judge_all(fed, name, result.rounds, result.tuned)
     note = f"the same rounds, merged by {name} instead of {fed.config.rule}"
     return BaselineResult(judged.accuracy, judged.loss, result.rounds, time.monotonic() - began, note)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fednano.data import BadRow, Dataset, Sample
 from fednano.errors import ConfigError, DataError, FednanoError
 from fednano.evaluation import exact_match
+from fednano.federation.client_state import ClientState
 from fednano.federation.config import RunConfig, Scalar
+from fednano.federation.gathering import BasisStore, client_gradients, unflatten
 from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import (
     build_edge,
@@ -30,19 +34,20 @@ from fednano.federation.model import (
     hold_out,
     load_training_data,
     partition_samples,
+    put_adapters,
     use_threads,
 )
+from fednano.federation.participation import compose, contribute, own_leaves
+from fednano.federation.personal import mixed_answers
 from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.answers import generate_answers
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
-from fednano.training.fisher import empirical_fisher
-from fednano.training.local import TrainSettings, train_local
 from fednano.training.seeds import stream_seed
 
-__all__ = ["POOL", "Worker", "evaluate", "hello", "perform", "train", "train_settings"]
+__all__ = ["POOL", "Worker", "evaluate", "gather", "hello", "install", "perform", "site_name", "train"]
 
 POOL = "pool"
 """Name under which the centralised baseline trains."""
@@ -56,8 +61,24 @@ class _Share:
     held_out: list[Sample]
 
 
+_PASSING = frozenset(
+    {
+        *("rounds", "samples", "batch-size", "optimizer", "learning-rate", "weight-decay", "proximal-mu"),
+        *("clip-norm", "rule", "rule-options", "fisher-samples", "fraction", "min-replies", "max-abs"),
+        *("round-timeout", "evaluate-every", "evaluate-samples", "final-samples", "max-new-tokens", "codec"),
+        *("codec-options", "baselines"),
+    }
+)
+"""Settings that come with each request and decide nothing about what a process loads."""
+
+
+def _loaded(config: RunConfig) -> dict[str, Scalar]:
+    """The settings that decide what a process loads; runs that agree in them share it."""
+    return {name: value for name, value in config.to_mapping().items() if name not in _PASSING}
+
+
 class Worker:
-    """Everything a process keeps between requests of one run.
+    """Everything a process keeps between requests of runs that load the same.
 
     Args:
         config: the run's settings.
@@ -71,9 +92,11 @@ class Worker:
     def __init__(self, config: RunConfig) -> None:
         use_threads(config)
         self.config = config
-        self.edge: NanoEdge = build_edge(config)
+        self.edge = build_edge(config)
         cache = Path(config.cache_dir) if config.cache_dir else None
         self.features = FeatureCache(self.edge.edge, cache)
+        self._bases = BasisStore((cache or Path(tempfile.gettempdir())) / "bases")
+        self._basis = ""
         self._shares: dict[str, _Share] = {}
         self._datasets: dict[str, Dataset] = {}
         self._connection = ExitStack()
@@ -84,7 +107,7 @@ class Worker:
     def get(cls, config: RunConfig) -> Worker:
         """This process's worker for a run; a worker of another run makes room first."""
         with cls._lock:
-            if cls._current is None or cls._current.config != config:
+            if cls._current is None or _loaded(cls._current.config) != _loaded(config):
                 cls.close_current()
                 cls._current = Worker(config)
             return cls._current
@@ -96,6 +119,15 @@ class Worker:
             cls._current._connection.close()
             cls._current = None
 
+    @property
+    def edge(self) -> NanoEdge:
+        """The NanoEdge with the run's adapters."""
+        return self._edge
+
+    @edge.setter
+    def edge(self, fresh: NanoEdge) -> None:
+        self._edge, self.start = fresh, fresh.travelling()
+
     def llm(self, ticket: HostTicket) -> LanguageModel:
         """The connection to the run's language model, opened once."""
         if self._llm is None or ticket != self._ticket:
@@ -104,6 +136,24 @@ class Worker:
             self._llm = self._connection.enter_context(connect(self.config, ticket))
             self._ticket = ticket
         return self._llm
+
+    def install(self, basis: Mapping[str, Tensor]) -> None:
+        """Make the adapters anew on a basis that the server made, and keep it for later processes."""
+        self.edge = put_adapters(self.edge.edge, self.config, bases=unflatten(basis))
+        self._basis = self.edge.basis_fingerprint()
+        self._bases.save(self._basis, basis)
+
+    def require_basis(self, fingerprint: str) -> None:
+        """See to it that the adapters stand on the run's basis.
+
+        Raises:
+            RunError: this site does not have it.
+        """
+        if fingerprint and fingerprint != self._basis:
+            self.edge = put_adapters(
+                self.edge.edge, self.config, bases=unflatten(self._bases.load(fingerprint))
+            )
+            self._basis = fingerprint
 
     def share(self, name: str, node: Mapping[str, Any], *, pool: bool) -> _Share:
         """The samples that a client trains on and those it judges by."""
@@ -137,36 +187,6 @@ class Worker:
         if name not in self._datasets:
             self._datasets[name] = load_training_data(name)
         return self._datasets[name]
-
-
-ADVICE = frozenset({"fisher", "proximal_mu"})
-"""What this client can do for a merge rule, beyond plain training."""
-
-
-def train_settings(
-    config: RunConfig, *, samples: int | None = None, advice: Mapping[str, Scalar] | None = None
-) -> TrainSettings:
-    """The part of a run's settings that local training needs; a merge rule's advice goes before them.
-
-    Raises:
-        ConfigError: the rule asks for something that this client cannot do.
-    """
-    unknown = sorted(set(advice or {}) - ADVICE)
-    if unknown:
-        raise ConfigError(
-            f"the merge rule asks clients for {', '.join(unknown)}, which this version cannot do. Update the client, "
-            "or choose another rule."
-        )
-    mu = (advice or {}).get("proximal_mu", config.proximal_mu)
-    return TrainSettings(
-        samples=samples or config.samples,
-        batch_size=config.batch_size,
-        optimizer=config.optimizer,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        proximal_mu=float(mu),
-        clip_norm=config.clip_norm,
-    )
 
 
 def site_name(node: Mapping[str, Any]) -> str:
@@ -215,39 +235,28 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     """Train the adapters for one round from the leaves given, and report them."""
     config, name = instruction.config, site_name(node)
     worker = Worker.get(config)
+    worker.require_basis(instruction.basis)
     share = worker.share(name, node, pool=instruction.pool)
     acting = POOL if instruction.pool else name
     llm = worker.llm(instruction.ticket)
     before = _wire(llm)
     encoded = worker.features.encoded
-    worker.edge.load_travelling(instruction.leaves)
-    torch.manual_seed(stream_seed(config.seed, "train", instruction.round, acting))
-    samples = config.samples * (config.clients if instruction.pool else 1)
-    outcome = train_local(
-        worker.edge,
+    done = contribute(
+        worker,
+        instruction,
         llm,
         share.data,
-        train_settings(config, samples=samples, advice=instruction.advice),
-        seed=config.seed,
+        _state(instruction, node, acting),
         client=acting,
-        round_number=instruction.round,
+        samples=config.samples * (config.clients if instruction.pool else 1),
     )
     after = _wire(llm)
-    fisher = None
-    if instruction.advice.get("fisher"):
-        chosen = draw(
-            len(share.data),
-            min(config.fisher_samples, len(share.data)),
-            seed=stream_seed(config.seed, "fisher", instruction.round),
-            client=acting,
-            start=0,
-        )
-        fisher = empirical_fisher(worker.edge, llm, share.data, chosen, batch_size=config.batch_size)
     metrics = {
-        "loss": outcome.loss,
-        "samples": outcome.samples,
-        "steps": outcome.steps,
-        "seconds": outcome.seconds,
+        **done.metrics,
+        "loss": done.outcome.loss,
+        "samples": done.outcome.samples,
+        "steps": done.outcome.steps,
+        "seconds": done.outcome.seconds,
         "encoded": worker.features.encoded - encoded,
         "step-sent": after[0] - before[0],
         "step-received": after[1] - before[1],
@@ -258,27 +267,60 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         "basis": worker.edge.basis_fingerprint(),
         "edge": worker.edge.edge.fingerprint,
     }
-    return Reply(name, instruction.round, metrics, facts, worker.edge.travelling(), fisher)
+    return Reply(name, instruction.round, metrics, facts, done.leaves, done.fisher)
+
+
+def gather(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
+    """Send the gradients from which the server makes the adapters' basis."""
+    config, name = instruction.config, site_name(node)
+    worker = Worker.get(config)
+    data = worker.share(name, node, pool=False).data
+    count = min(config.gather_samples, len(data))
+    chosen = draw(len(data), count, seed=stream_seed(config.seed, "gather", 0), client=name, start=0)
+    data.warm(chosen)
+    gradients = client_gradients(worker.edge.edge, worker.llm(instruction.ticket), data, chosen, config)
+    return Reply(name, instruction.round, {"samples": count}, {}, gradients)
+
+
+def install(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
+    """Take over the adapters' basis from the server."""
+    name, worker = site_name(node), Worker.get(instruction.config)
+    worker.install(instruction.leaves)
+    return Reply(name, instruction.round, {}, {"basis": worker.edge.basis_fingerprint()})
 
 
 def evaluate(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     """Judge the leaves given on the client's held-out samples."""
     config, name = instruction.config, site_name(node)
     worker = Worker.get(config)
+    worker.require_basis(instruction.basis)
     share = worker.share(name, node, pool=False)
     if not share.held_out:
         raise DataError(f"{name} holds no samples out. Raise holdout, or give it more data.")
-    worker.edge.load_travelling(instruction.leaves)
-    answers = generate_answers(
-        worker.edge,
-        worker.llm(instruction.ticket),
-        worker.features,
-        share.held_out,
-        max_new_tokens=config.max_new_tokens,
-    )
+    personal = instruction.advice.get("personal") or instruction.advice.get("personal_adapter")
+    memory = _state(instruction, node, name).load(instruction.accepted) if personal else {}
+    worker.edge.load_travelling(compose(worker, instruction, memory))
+    llm, own = worker.llm(instruction.ticket), own_leaves(instruction, memory)
+    if own is None:
+        answers = generate_answers(
+            worker.edge, llm, worker.features, share.held_out, max_new_tokens=config.max_new_tokens
+        )
+    else:
+        answers = mixed_answers(
+            *(worker.edge, own, llm, worker.features, share.held_out),
+            reference=share.data.samples[: int(instruction.advice["mix_samples"])],
+            strength=float(instruction.advice["mix_strength"]),
+            max_new_tokens=config.max_new_tokens,
+        )
     right = sum(exact_match(a, s.answer) for a, s in zip(answers, share.held_out, strict=True))
     metrics = {"accuracy": right / len(answers), "samples": len(answers)}
     return Reply(name, instruction.round, metrics, {})
+
+
+def _state(instruction: Instruction, node: Mapping[str, Any], name: str) -> ClientState:
+    """Where this client remembers: the folder ``state`` of its node configuration, else the run's cache folder."""
+    root = str(node.get("state", "")) or instruction.config.cache_dir or "cache"
+    return ClientState(Path(root), instruction.run, instruction.phase, name)
 
 
 def perform(

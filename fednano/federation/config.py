@@ -100,7 +100,21 @@ class RunConfig:
     fisher_samples: int = _setting(128, "samples for a client's diagonal Fisher")
     fraction: float = _setting(1.0, "share of the clients that take part in each round")
     min_replies: int = _setting(1, "a round with fewer valid updates keeps the old adapters")
+    over_select: float = _setting(
+        0.0, "share of further clients to ask; a round goes on once enough have answered, whoever is first"
+    )
+    late: str = _setting(
+        "drop",
+        "a reply that comes after its round: 'drop' it, or 'buffer' it into the round it reaches (FedBuff)",
+    )
+    staleness: float = _setting(0.5, "a buffered update counts (1 + rounds late) ** -staleness")
+    codec: str = _setting(
+        "fp32",
+        "uplink codec: fp32, bf16, fp16, int8, int4, sign, topk, dct; all but fp32 send the Fisher as 8 bits",
+    )
+    codec_options: str = _setting("", "options of the codec: 'density=0.1', 'feedback=false'")
     max_abs: float = _setting(100.0, "an update with a larger absolute value is refused")
+    max_norm: float = _setting(0.0, "an update with a larger Euclidean norm is refused; 0 = no bound")
     round_timeout: float = _setting(600.0, "seconds to wait for the updates of a round")
     join_timeout: float = _setting(
         300.0, "seconds to wait for the clients to appear and to load their models"
@@ -161,6 +175,7 @@ class RunConfig:
             raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
         parse_settings(self.adapter_options, "adapter-options")
         parse_settings(self.rule_options, "rule-options")
+        parse_settings(self.codec_options, "codec-options")
         names = self.stream_names
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
@@ -219,11 +234,13 @@ _AT_LEAST = {
     "seed": 0,
 }
 _POSITIVE = ("alpha", "learning_rate", "max_abs", "round_timeout", "join_timeout", "host_retry")
-_NON_NEGATIVE = ("weight_decay", "proximal_mu", "clip_norm")
+_NON_NEGATIVE = ("weight_decay", "proximal_mu", "clip_norm", "over_select", "staleness", "max_norm")
 _CHOICES = {
     "partition": ("dirichlet", "iid"),
     "activation": ("linear", "gelu"),
     "optimizer": ("adam", "adamw", "sgd"),
+    "late": ("drop", "buffer"),
+    "codec": ("fp32", "bf16", "fp16", "int8", "int4", "sign", "topk", "dct"),
     "placement": ("split", "local"),
     "wire_dtype": ("float32", "bfloat16", "float16"),
 }

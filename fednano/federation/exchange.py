@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
@@ -13,10 +13,11 @@ from flwr.serverapp import Grid
 from fednano.errors import Interrupted, RunError, UpdateRefused
 from fednano.federation.messages import Failure, Reply, record_bytes
 
-__all__ = ["Delivery", "Stop", "exchange", "wait_for_nodes"]
+__all__ = ["Delivery", "Outstanding", "Stop", "exchange", "wait_for_nodes"]
 
 _POLL_SECONDS = 0.05
 _DRAIN_SECONDS = 20.0
+_TTL_MARGIN = 60.0
 
 
 class Stop:
@@ -52,6 +53,7 @@ class Delivery:
         bytes_up: serialised size of the reply's records; 0 when nothing came.
         leaves_bytes: the part of it that is the adapter update, Fisher included.
         seconds: from sending to receiving.
+        asked: the round of the request.
     """
 
     client: str
@@ -59,6 +61,40 @@ class Delivery:
     bytes_up: int
     leaves_bytes: int
     seconds: float
+    asked: int = 0
+
+
+class Outstanding:
+    """Requests of earlier rounds that nobody has answered yet; their replies are late."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, tuple[int, float]] = {}
+        """Message id to round and time of sending."""
+        self.names: dict[int, str] = {}
+        """Node id to client, of all that were asked."""
+        self._clients: dict[str, tuple[int, float]] = {}  # name to round and time of expiry
+
+    def holds(self, number: int) -> bool:
+        """Whether a request of a round is still open."""
+        return any(asked == number for asked, _ in self.requests.values())
+
+    def busy(self, client: str) -> bool:
+        """Whether a client still works on a request that has not expired."""
+        return client in self._clients and time.monotonic() < self._clients[client][1]
+
+    def leave(
+        self, messages: Iterable[str], clients: Iterable[str], number: int, sent: float, ttl: float
+    ) -> None:
+        """Keep what a round did not wait for."""
+        self.requests |= dict.fromkeys(messages, (number, sent))
+        self._clients |= dict.fromkeys(clients, (number, sent + ttl))
+
+    def take(self, message: str, client: str) -> tuple[int, float]:
+        """Round and time of sending of an answered request, which is open no longer."""
+        number, sent = self.requests.pop(message)
+        if self._clients.get(client, (0, 0.0))[0] == number:
+            del self._clients[client]
+        return number, sent
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float, stop: Stop) -> list[int]:
@@ -91,8 +127,13 @@ def exchange(
     timeout: float,
     stop: Stop,
     check_names: bool = True,
-) -> Iterator[Delivery]:
+    number: int = 0,
+    outstanding: Outstanding | None = None,
+) -> Generator[Delivery]:
     """Send one request to each client and yield what comes back, in order of arrival.
+
+    With ``outstanding``, late replies to earlier requests are yielded, too, and requests that are unanswered at the
+    deadline or when the caller closes the generator are left there.
 
     Args:
         grid: Flower's connection to the clients.
@@ -102,6 +143,8 @@ def exchange(
         timeout: seconds after which missing replies are given up; each is yielded as a failure.
         stop: ends the wait early.
         check_names: refuse a reply that carries another client's name.
+        number: the round, for `Delivery.asked`.
+        outstanding: open requests of earlier rounds.
 
     Raises:
         Interrupted: the run was asked to end.
@@ -112,26 +155,42 @@ def exchange(
     for client, (node, content) in sorted(requests.items()):
         clients[node] = client
         messages.append(
-            Message(content, dst_node_id=node, message_type=message_type, ttl=timeout + 60, group_id=group)
+            Message(
+                content,
+                dst_node_id=node,
+                message_type=message_type,
+                ttl=timeout + _TTL_MARGIN,
+                group_id=group,
+            )
         )
     pending = set(grid.push_messages(messages))
-    unanswered = dict(clients)
-    while pending:
-        arrived = list(grid.pull_messages(pending))
-        for message in arrived:
-            pending.discard(message.metadata.reply_to_message_id)
-            node = message.metadata.src_node_id
-            if node in unanswered:
-                client = unanswered.pop(node)
-                yield _open(client, message, time.monotonic() - started, check_names)
-        if not pending or time.monotonic() - started > timeout:
-            break
-        if (not arrived and stop.wait(_POLL_SECONDS)) or stop.requested:
-            _drain(grid, pending)
-            raise Interrupted(stop.reason)
+    unanswered, late = dict(clients), outstanding or Outstanding()
+    try:
+        while pending:
+            arrived = list(grid.pull_messages(pending | set(late.requests)))
+            for message in arrived:
+                request, node = message.metadata.reply_to_message_id, message.metadata.src_node_id
+                if request in late.requests:
+                    client = late.names.get(node, str(node))
+                    asked, sent = late.take(request, client)
+                    yield _open(client, message, time.monotonic() - sent, check_names, asked)
+                    continue
+                pending.discard(request)
+                if node in unanswered:
+                    client = unanswered.pop(node)
+                    yield _open(client, message, time.monotonic() - started, check_names, number)
+            if not pending or time.monotonic() - started > timeout:
+                break
+            if (not arrived and stop.wait(_POLL_SECONDS)) or stop.requested:
+                _drain(grid, pending)
+                raise Interrupted(stop.reason)
+    finally:
+        late.names |= clients
+        late.leave(pending, unanswered.values(), number, started, timeout + _TTL_MARGIN)
     for client in sorted(unanswered.values()):
         reason = f"no reply within {timeout:g} s (round-timeout)"
-        yield Delivery(client, _failed(client, "Timeout", reason), 0, 0, time.monotonic() - started)
+        failed = _failed(client, "Timeout", reason)
+        yield Delivery(client, failed, 0, 0, time.monotonic() - started, number)
 
 
 def _drain(grid: Grid, pending: set[str]) -> None:
@@ -143,10 +202,10 @@ def _drain(grid: Grid, pending: set[str]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _open(client: str, message: Message, seconds: float, check_name: bool) -> Delivery:
+def _open(client: str, message: Message, seconds: float, check_name: bool, asked: int) -> Delivery:
     if message.has_error():
         reason = (message.error.reason or f"error code {message.error.code}").strip()
-        return Delivery(client, _failed(client, "ClientCrashed", reason), 0, 0, seconds)
+        return Delivery(client, _failed(client, "ClientCrashed", reason), 0, 0, seconds, asked)
     size = record_bytes(message.content)
     arrays = [name for name in ("leaves", "fisher") if name in message.content]
     leaves = sum(record_bytes(RecordDict({name: message.content[name]})) for name in arrays)
@@ -156,7 +215,7 @@ def _open(client: str, message: Message, seconds: float, check_name: bool) -> De
             raise UpdateRefused(f"the node of {client} answered in the name of {reply.client}.")
     except UpdateRefused as error:
         reply = _failed(client, "UpdateRefused", str(error))
-    return Delivery(client, reply, size, leaves, seconds)
+    return Delivery(client, reply, size, leaves, seconds, asked)
 
 
 def _failed(client: str, kind: str, message: str) -> Reply:

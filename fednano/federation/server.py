@@ -18,9 +18,11 @@ from typing import TypeVar
 
 from flwr.serverapp import Grid
 
-from fednano.aggregation import LeafSpec, Product, Spec, check_combination
+from fednano.adapters import LoRA, NanoAdapter
+from fednano.aggregation import LeafSpec, Product, Rule, Spec
 from fednano.errors import FednanoError, Interrupted, RunError
-from fednano.federation.baselines import build_rule, run_baselines
+from fednano.federation.asking import instruct
+from fednano.federation.baselines import BaselineResult, build_rule, check_rule, run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
@@ -146,7 +148,7 @@ def _run(
     starter = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="host-start"))
     starting = starter.submit(host.enter_context, open_host(config, view, folder.path / "host.log"))
     edge = build_edge(config)
-    check_combination(rule, algebra_of(edge))
+    check_rule(rule, spec_of(edge, config), config)
     nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
     clients = _introduce(grid, nodes, config, edge.travelling(), edge, stop)
     by_name = {name: client.node for name, client in clients.items()}
@@ -168,6 +170,8 @@ def _run(
         evaluator=evaluator,
         simulated=all(client.hello.facts.get("simulated") == "True" for client in clients.values()),
         basis=edge.basis_fingerprint() if gathers(config) else "",
+        edge=edge.edge.fingerprint,
+        seeded=start,
     )
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
@@ -177,10 +181,10 @@ def _run(
     phase_began = time.monotonic()
     result = run_rounds(fed, MAIN_PHASE, rule, resumed)
     seconds = time.monotonic() - phase_began
-    folder.save_adapter(result.leaves, _adapter_info(config, edge, ticket))
-    final = judge_all(fed, MAIN_PHASE, result.rounds, result.leaves)
-    _judge_clients(fed, result.leaves)
-    baselines = run_baselines(fed, start) if config.baselines else {}
+    folder.save_adapter(result.tuned, _adapter_info(config, edge, ticket))
+    final = judge_all(fed, MAIN_PHASE, result.rounds, result.tuned)
+    baselines = _judge_clients(fed, rule, result)
+    baselines |= run_baselines(fed, start) if config.baselines else {}
     write_outcome(
         fed,
         edge=edge,
@@ -203,9 +207,12 @@ def spec_of(edge: NanoEdge, config: RunConfig) -> Spec:
     leaves = {name: LeafSpec(tuple(leaf.shape), leaf.dtype) for name, leaf in edge.travelling().items()}
     products = {}
     for stream in edge.layers:
-        left, right = f"{stream}.A", f"{stream}.B"
-        if config.adapter == "nano" and {left, right} <= set(leaves):
-            products[stream] = Product(left=left, right=right, scale=config.scale, down="left")
+        adapter = edge.layer(stream).adapter
+        a, b = f"{stream}.A", f"{stream}.B"
+        if {a, b} <= set(leaves) and isinstance(adapter, NanoAdapter):
+            products[stream] = Product(left=a, right=b, scale=adapter.scale, down="left")
+        elif {a, b} <= set(leaves) and isinstance(adapter, LoRA):
+            products[stream] = Product(left=b, right=a, scale=adapter.scale, down="right")
     return Spec(
         leaves=leaves,
         algebra=algebra_of(edge),
@@ -215,6 +222,7 @@ def spec_of(edge: NanoEdge, config: RunConfig) -> Spec:
         max_clients=max(2048, config.clients),
         max_abs=config.max_abs,
         max_weight=float(max(65536, config.samples * config.clients)),
+        max_norm=config.max_norm or None,
     )
 
 
@@ -300,17 +308,22 @@ def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str,
     )
 
 
-def _judge_clients(fed: Federation, leaves: Leaves) -> None:
-    """Let every client judge the merged adapters on its own held-out samples."""
+def _judge_clients(fed: Federation, rule: Rule, result: PhaseResult) -> dict[str, BaselineResult]:
+    """Let every client judge the merged adapters, with what is personal, on its own held-out samples.
+
+    Returns:
+        The clients' mean where the rule leaves them personal adapters: the server cannot judge these.
+    """
     if fed.config.holdout == 0:
-        return
+        return {}
+    began = time.monotonic()
     asked = {
-        name: (
-            node,
-            Instruction(fed.config, MAIN_PHASE, 0, fed.ticket, False, {}, leaves, fed.basis).to_records(),
-        )
-        for name, node in fed.nodes.items()
+        name: (fed.nodes[name], instruction.to_records())
+        for name, instruction in instruct(
+            fed, MAIN_PHASE, rule, result.rounds, result, list(fed.nodes)
+        ).items()
     }
+    scores: list[tuple[float, int]] = []
     deliveries = exchange(
         fed.grid,
         asked,
@@ -335,7 +348,18 @@ def _judge_clients(fed: Federation, leaves: Leaves) -> None:
             )
             continue
         record |= {"accuracy": reply.metrics["accuracy"], "samples": int(reply.metrics["samples"])}
+        scores.append((reply.metrics["accuracy"], int(reply.metrics["samples"])))
         fed.folder.append_metrics(record)
+    if not scores or not {"personal", "personal_adapter"} & set(rule.client_config(result.rounds)):
+        return {}
+    mean = sum(accuracy * count for accuracy, count in scores) / sum(count for _, count in scores)
+    note = f"{len(scores)} clients, each with its own adapter on its own held-out samples"
+    lowest, highest = min(scores)[0], max(scores)[0]
+    return {
+        "personalised": BaselineResult(
+            mean, None, result.rounds, time.monotonic() - began, note, (lowest, highest)
+        )
+    }
 
 
 def _checkpoint(folder: RunFolder, start: Leaves) -> PhaseResult:
@@ -350,7 +374,13 @@ def _checkpoint(folder: RunFolder, start: Leaves) -> PhaseResult:
             f"the checkpoint of round {saved.round} holds the leaves {sorted(leaves)}, this adapter has "
             f"{sorted(start)}. Resume with the settings the run was started with."
         )
-    result = PhaseResult(leaves, rounds=saved.round, memory=memory, loss=saved.state["loss"])
+    result = PhaseResult(
+        leaves,
+        rounds=saved.round,
+        memory=memory,
+        loss=saved.state["loss"],
+        accepted=dict(saved.state.get("accepted", {})),
+    )
     for name, value in saved.state["wire"].items():
         setattr(result.wire, name, value)
     return result

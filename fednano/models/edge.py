@@ -278,7 +278,9 @@ class NanoEdge(nn.Module):
             down, up = (leaves.get(f"beside/{stream}.{side}") for side in ("down", "up"))
             width = self.edge.hidden_size
             if stream not in self.layers or down is None or up is None:
-                raise ConfigError(f"got the residuals {sorted(found)}; expected down and up of {list(self.layers)}.")
+                raise ConfigError(
+                    f"got the residuals {sorted(found)}; expected down and up of {list(self.layers)}."
+                )
             if down.shape[0] != width or up.shape[1:] != (width,) or down.shape[1] != up.shape[0]:
                 raise ConfigError(
                     f"the residual of {stream} is {tuple(down.shape)} x {tuple(up.shape)}; expected ({width}, q) x "

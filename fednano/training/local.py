@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.data import ClientData, draw
 
-__all__ = ["OPTIMIZERS", "TrainOutcome", "TrainSettings", "train_local"]
+__all__ = ["OPTIMIZERS", "TrainOutcome", "TrainSettings", "mean_loss", "round_samples", "train_local"]
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -93,6 +93,8 @@ def train_local(
     seed: int,
     client: str,
     round_number: int,
+    frozen: Collection[str] = (),
+    drift: Mapping[str, Tensor] | None = None,
 ) -> TrainOutcome:
     """Train the adapters of ``edge`` in place for one round.
 
@@ -104,20 +106,31 @@ def train_local(
         seed: the run's seed; with ``client`` and ``round_number`` it fixes the samples drawn.
         client: the client's stable name.
         round_number: counted from 1.
+        frozen: leaves ``"<stream>.<leaf>"`` that keep their bits.
+        drift: leaf to a tensor of its shape that is added to its gradient in each step (SCAFFOLD's ``c - c_k``,
+            arXiv:1910.06378).
 
     Raises:
+        ConfigError: every leaf is frozen.
         TrainingDiverged: a loss or a gradient is not finite; the adapters are left as they were before that step.
         HostError: the language host refuses a step or is gone.
     """
     started = time.perf_counter()
-    parameters = [parameter for parameter in edge.parameters() if parameter.requires_grad]
+    named = {
+        name: parameter
+        for name, parameter in _leaves(edge).items()
+        if parameter.requires_grad and name not in frozen
+    }
+    if not named:
+        raise ConfigError(
+            f"all leaves are frozen ({', '.join(sorted(frozen))}); expected one that is trained."
+        )
+    parameters = list(named.values())
     anchor = [parameter.detach().clone() for parameter in parameters]
     optimizer = OPTIMIZERS[settings.optimizer](
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    order = draw(
-        len(data), settings.samples, seed=seed, client=client, start=(round_number - 1) * settings.samples
-    )
+    order = round_samples(data, settings, seed=seed, client=client, round_number=round_number)
     data.warm(order)
     total, steps = 0.0, 0
     for start in range(0, len(order), settings.batch_size):
@@ -131,6 +144,10 @@ def train_local(
             for parameter, origin in zip(parameters, anchor, strict=True):
                 assert parameter.grad is not None
                 parameter.grad.add_(parameter.detach() - origin, alpha=settings.proximal_mu)
+        for name, correction in (drift or {}).items():
+            gradient = named[name].grad
+            assert gradient is not None
+            gradient.add_(correction.to(gradient))
         _check_finite(losses, parameters, client=client, round_number=round_number, step=steps + 1)
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -138,6 +155,36 @@ def train_local(
         total += float(losses.detach().sum())
         steps += 1
     return TrainOutcome(total / len(order), len(order), steps, time.perf_counter() - started)
+
+
+def round_samples(
+    data: ClientData, settings: TrainSettings, *, seed: int, client: str, round_number: int
+) -> list[int]:
+    """Indices of the samples of one round, in the order in which they are trained on."""
+    start = (round_number - 1) * settings.samples
+    return draw(len(data), settings.samples, seed=seed, client=client, start=start)
+
+
+@torch.no_grad()
+def mean_loss(
+    edge: NanoEdge, llm: LanguageModel, data: ClientData, indices: Sequence[int], *, batch_size: int = 32
+) -> float:
+    """Mean loss of the adapters as they are over the samples at ``indices``, in nats a token."""
+    total = 0.0
+    for start in range(0, len(indices), batch_size):
+        batch = edge(*data.batch(indices[start : start + batch_size]))
+        total += float(llm.loss(batch.embeds, batch.mask, batch.labels).double().sum())
+    return total / len(indices)
+
+
+def _leaves(edge: NanoEdge) -> dict[str, torch.nn.Parameter]:
+    """The adapters' leaves by the name under which they travel, in the order of ``edge.parameters()``."""
+    prefix = "layers."
+    return {
+        name.removeprefix(prefix).replace(".theta.", ".", 1): parameter
+        for name, parameter in edge.named_parameters()
+        if name.startswith(prefix)
+    }
 
 
 def _check_finite(

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from fednano.data import load_easy_vqa
+from fednano.federation.apps import client_app
+from fednano.federation.baselines import build_rule, check_rule
+from fednano.federation.client_task import Worker
 from fednano.federation.config import RunConfig
+from fednano.federation.evaluator import Evaluator
+from fednano.federation.exchange import Stop
+from fednano.federation.inprocess import InProcessGrid
+from fednano.federation.messages import HostTicket
+from fednano.federation.model import build_edge, client_name
+from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
+from fednano.federation.server import spec_of
 from fednano.federation.simulation import simulate
-from fednano.runs import make_view
+from fednano.runs import RunFolder, make_view
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +75,72 @@ def run(settings: dict[str, Any]) -> Run:
         return simulate(RunConfig(**(settings | changes)), backend="inprocess", view=make_view("quiet"))
 
     return start
+
+
+class Laboratory:
+    """Rounds without the rest of a run: the real clients, one loaded model, no evaluation on the server."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.config = RunConfig(**settings)
+        self.edge = build_edge(self.config)
+        self.start = self.edge.travelling()
+        self.grid = InProcessGrid(client_app, self.config.clients)
+
+    def federation(self, grid: InProcessGrid | None = None, **changes: Any) -> Federation:
+        """A federation of its own, with its own folder."""
+        config = RunConfig(**(self.settings | changes))
+        return Federation(
+            grid=grid or self.grid,
+            nodes={client_name(n): n + 1 for n in range(config.clients)},
+            config=config,
+            ticket=HostTicket(),
+            spec=spec_of(self.edge, config),
+            folder=RunFolder.create(config.runs_dir, "laboratory", config.to_mapping()),
+            view=make_view("quiet"),
+            stop=Stop(),
+            evaluator=cast("Evaluator", None),
+            simulated=True,
+            edge=self.edge.edge.fingerprint,
+            seeded=self.start,
+        )
+
+    def rounds(
+        self,
+        rule: str = "fedavg",
+        *,
+        fed: Federation | None = None,
+        upto: PhaseResult | None = None,
+        **changes: Any,
+    ) -> PhaseResult:
+        """Run the rounds of a rule from the start, or from where ``upto`` ended."""
+        fed = fed or self.federation(rule=rule, **changes)
+        made = build_rule(fed.config, rule)
+        check_rule(made, fed.spec, fed.config)
+        return run_rounds(fed, MAIN_PHASE, made, upto or PhaseResult(self.start))
+
+
+@pytest.fixture(scope="session")
+def laboratory(
+    small_vqa: Path, features_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Laboratory]:
+    made = Laboratory(
+        {
+            "dataset": str(small_vqa),
+            "clients": 3,
+            "alpha": 5.0,
+            "rounds": 2,
+            "samples": 4,
+            "batch_size": 4,
+            "rank": 4,
+            "fisher_samples": 4,
+            "holdout": 0.1,
+            "evaluate_every": 0,
+            "placement": "local",
+            "runs_dir": str(tmp_path_factory.mktemp("laboratory")),
+            "cache_dir": str(features_dir),
+        }
+    )
+    yield made
+    made.grid.close()
+    Worker.close_current()

@@ -21,7 +21,7 @@ from fednano.errors import (
     RunError,
     TrainingDiverged,
 )
-from fednano.federation import client_task
+from fednano.federation import participation
 from fednano.federation.answer import answer
 from fednano.federation.apps import client_app
 from fednano.federation.config import RunConfig
@@ -178,14 +178,14 @@ def test_resume_of_an_unknown_run(run: Run) -> None:
 
 
 def test_one_failing_client_does_not_stop_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client_task.train_local
+    real = participation.train_local
 
     def diverges(*args: Any, **kwargs: Any) -> Any:
         if kwargs["client"] == "client-001":
             raise TrainingDiverged("client client-001, round 1, step 1: the loss is nan")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(client_task, "train_local", diverges)
+    monkeypatch.setattr(participation, "train_local", diverges)
     path = run()
     refused = [row for row in metrics(path) if "refused" in row]
     assert [(row["client"], row["round"]) for row in refused] == [("client-001", 1), ("client-001", 2)]
@@ -194,14 +194,14 @@ def test_one_failing_client_does_not_stop_the_run(run: Run, monkeypatch: pytest.
 
 
 def test_a_crashing_client_does_not_stop_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client_task.train_local
+    real = participation.train_local
 
     def crashes(*args: Any, **kwargs: Any) -> Any:
         if kwargs["client"] == "client-002":
             raise ZeroDivisionError("a defect")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(client_task, "train_local", crashes)
+    monkeypatch.setattr(participation, "train_local", crashes)
     refused = [row for row in metrics(run()) if "refused" in row]
     assert {row["client"] for row in refused} == {"client-002"}
     assert all("ZeroDivisionError" in row["refused"] for row in refused)
@@ -215,14 +215,14 @@ def test_nan_loss_ends_with_advice(run: Run) -> None:
 
 
 def test_too_few_valid_updates_keep_the_adapters(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client_task.train_local
+    real = participation.train_local
 
     def diverges(*args: Any, **kwargs: Any) -> Any:
         if kwargs["client"] != "client-000":
             raise TrainingDiverged("no")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(client_task, "train_local", diverges)
+    monkeypatch.setattr(participation, "train_local", diverges)
     folder = RunFolder.open(run(min_replies=2))
     leaves = [folder.load_checkpoint(number).tensors for number in (1, 2)]
     assert all(leaves[0][name].equal(leaves[1][name]) for name in leaves[0])
@@ -274,11 +274,11 @@ class TestBadInput:
             ({"adapter": "lore"}, ConfigError, "lore"),
             ({"rank": 161}, ConfigError, "rank"),
             ({"rule": "fedavgg"}, ConfigError, "fedavgg"),
-            ({"rule": "scaffold"}, ConfigError, "needs of the clients: control_variates"),
-            ({"rule": "fedex"}, ConfigError, "more than the adapter on the way down"),
+            ({"rule": "fedex", "adapter": "shira"}, ConfigError, "rule 'fedex'"),
+            ({"rule": "scaffold", "codec": "sign"}, ConfigError, "cannot bear codec 'sign'"),
+            ({"rule": "rolora", "late": "buffer"}, ConfigError, "late ones cannot be buffered"),
             ({"rule": "fisher", "rule_options": "flor=1"}, ConfigError, "no option flor"),
             ({"adapter_options": "alpha=8"}, ConfigError, "no option 'alpha'"),
-            ({"adapter": "lora-sb"}, ConfigError, "needs stats"),
             ({"alpha": 0.01, "clients": 20}, (DataError, RunError), "alpha"),
             ({"dataset": "/no/such/folder"}, (DataError, RunError), "no/such/folder"),
             (

@@ -1,0 +1,76 @@
+"""Training without merging: the baselines in which every client is alone, or one holds everybody's data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from fednano.errors import RunError
+from fednano.federation.asking import ask
+from fednano.federation.exchange import Delivery
+from fednano.federation.ledger import failure_of, finish_round, mean_loss, record_client
+from fednano.federation.messages import Instruction
+from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals
+
+__all__ = ["run_pooled", "run_separate"]
+
+
+def run_separate(fed: Federation, phase: str, start: Leaves) -> dict[str, PhaseResult]:
+    """The local-only baseline: every client trains on, alone, for as many rounds; nothing is merged."""
+    results = {client: PhaseResult(start) for client in sorted(fed.nodes)}
+    for number in range(1, fed.config.rounds + 1):
+        began = time.monotonic()
+        fed.view.round_started(number, list(results))
+        wire = WireTotals()
+        leaves = {client: result.leaves for client, result in results.items()}
+        losses = []
+        for delivery in _train(fed, phase, number, leaves, wire):
+            reason = failure_of(delivery)
+            if reason is None and delivery.reply.leaves is not None:
+                result = results[delivery.client]
+                result.leaves, result.rounds = delivery.reply.leaves, number
+                result.loss = delivery.reply.metrics["loss"]
+                losses.append((delivery.client, delivery.reply.metrics["loss"], 1.0))
+            record_client(fed, phase, number, delivery, reason)
+        seconds = time.monotonic() - began
+        fed.view.round_done(number, loss=mean_loss(losses), seconds=seconds, bytes=wire.planes())
+    return results
+
+
+def run_pooled(fed: Federation, phase: str, start: Leaves) -> PhaseResult:
+    """The centralised baseline: one client holds all data and sees as many samples as all clients together."""
+    result = PhaseResult(start)
+    actor = min(fed.nodes)
+    for number in range(1, fed.config.rounds + 1):
+        began = time.monotonic()
+        fed.view.round_started(number, ["pool"])
+        wire = WireTotals()
+        for delivery in _train(fed, phase, number, {actor: result.leaves}, wire, pool=True):
+            reason = failure_of(delivery)
+            if reason is not None or delivery.reply.leaves is None:
+                raise RunError(f"the centralised baseline failed in round {number}: {reason}")
+            result.leaves, result.loss = delivery.reply.leaves, delivery.reply.metrics["loss"]
+            record_client(fed, phase, number, delivery, reason)
+        result.rounds = number
+        result.wire.add(wire)
+        finish_round(fed, phase, number, result, wire, time.monotonic() - began)
+    return result
+
+
+def _train(
+    fed: Federation,
+    phase: str,
+    number: int,
+    leaves: Mapping[str, Leaves],
+    wire: WireTotals,
+    *,
+    pool: bool = False,
+) -> Iterator[Delivery]:
+    """Plain training from plain leaves: what is not merged needs no codec and no advice."""
+    instructions = {
+        client: Instruction(
+            *(fed.config, phase, number, fed.ticket, pool, {}, own), basis=fed.basis, run=fed.folder.id
+        )
+        for client, own in leaves.items()
+    }
+    return ask(fed, phase, number, instructions, wire)

@@ -1,0 +1,198 @@
+"""Ask clients to train: who is asked, what is said, what travels down; and read their updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from flwr.app import RecordDict
+
+from fednano.aggregation import Refusal, Rule, Spec, Update, freshen, validate
+from fednano.federation.config import RunConfig, Scalar
+from fednano.federation.exchange import Delivery, Outstanding, exchange
+from fednano.federation.messages import Instruction, record_bytes
+from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals, sent_beside
+from fednano.federation.uplink import PLAIN, codec_asked, unpack_fisher, unpack_update
+from fednano.training.seeds import generator
+
+__all__ = [
+    "advise",
+    "ask",
+    "descending",
+    "instruct",
+    "needed_clients",
+    "read_update",
+    "sample_clients",
+    "take_in",
+]
+
+
+def sample_clients(
+    config: RunConfig, names: Sequence[str], round_number: int, spare: float = 0.0
+) -> list[str]:
+    """The clients that take part in a round: drawn without replacement, by seed and round alone.
+
+    Args:
+        config: share of the clients, and the seed.
+        names: all clients.
+        round_number: counted from 1.
+        spare: share of further clients, on top of those that are needed.
+    """
+    ordered = sorted(names)
+    count = needed_clients(config, len(ordered))
+    count = min(len(ordered), count + math.ceil(count * spare))
+    if count == len(ordered):
+        return ordered
+    chosen = generator(config.seed, "clients", round_number).choice(len(ordered), size=count, replace=False)
+    return [ordered[int(index)] for index in sorted(chosen)]
+
+
+def needed_clients(config: RunConfig, clients: int) -> int:
+    """How many of them a round needs."""
+    return max(1, round(config.fraction * clients))
+
+
+def advise(rule: Rule, spec: Spec, config: RunConfig, number: int) -> dict[str, Scalar]:
+    """What clients are told of a rule in one round: factors by the names of their leaves, and the codec."""
+    advice: dict[str, Scalar] = dict(rule.client_config(number))
+    travelling = set(rule.travelling(spec, number))
+    for key in {"frozen", "personal"} & set(advice):
+        advice[key] = ",".join(name for name in spec.leaves if name not in travelling)
+    if config.codec != PLAIN:
+        advice |= {"codec": config.codec, "codec_options": config.codec_options}
+    return advice
+
+
+def descending(fed: Federation, rule: Rule, number: int, leaves: Leaves) -> Leaves:
+    """The leaves that clients must be sent: not their own personal ones, nor frozen ones that the seed gives them."""
+    travelling = set(rule.travelling(fed.spec, number))
+    personal = "personal" in rule.client_config(number)
+
+    def needed(name: str, leaf: torch.Tensor) -> bool:
+        known = fed.seeded.get(name)
+        return name in travelling or not (personal or (known is not None and torch.equal(known, leaf)))
+
+    return {name: leaf for name, leaf in leaves.items() if needed(name, leaf)}
+
+
+def instruct(
+    fed: Federation, phase: str, rule: Rule, number: int, result: PhaseResult, clients: Collection[str]
+) -> dict[str, Instruction]:
+    """What each client is told in a round."""
+    base = Instruction(
+        *(fed.config, phase, number, fed.ticket, False),
+        advice=advise(rule, fed.spec, fed.config, number),
+        leaves=descending(fed, rule, number, result.leaves),
+        basis=fed.basis,
+        run=fed.folder.id,
+        extra=sent_beside(rule, fed.spec, result.memory),
+    )
+    return {client: replace(base, accepted=result.accepted.get(client, 0)) for client in clients}
+
+
+def ask(
+    fed: Federation,
+    phase: str,
+    number: int,
+    instructions: Mapping[str, Instruction],
+    wire: WireTotals,
+    outstanding: Outstanding | None = None,
+) -> Generator[Delivery]:
+    """Send training requests and yield what comes back as it comes, counting bytes both ways.
+
+    Args:
+        fed: the federation.
+        phase: the phase.
+        number: the round.
+        instructions: client name to what it is asked.
+        wire: counts.
+        outstanding: requests of earlier rounds whose replies are taken, too; and where this round's are left.
+    """
+    requests = {}
+    for client, instruction in instructions.items():
+        content = instruction.to_records()
+        requests[client] = (fed.nodes[client], content)
+        wire.requests += 1
+        parts = {name: content[name] for name in ("leaves", "extra") if name in content}
+        wire.adapter_down += record_bytes(RecordDict(parts))
+    deliveries = exchange(
+        fed.grid,
+        requests,
+        message_type="train",
+        group=f"{phase}-{number}",
+        timeout=fed.config.round_timeout,
+        stop=fed.stop,
+        number=number,
+        outstanding=outstanding,
+    )
+    try:
+        for delivery in deliveries:
+            if delivery.reply.leaves is not None:
+                wire.add_reply(delivery)
+            yield delivery
+    finally:
+        deliveries.close()
+
+
+def read_update(fed: Federation, rule: Rule, delivery: Delivery, started_from: Leaves) -> Update:
+    """A reply as an update of the round it was asked for, decoded and checked.
+
+    Raises:
+        Refusal: with the reason.
+    """
+    reply, asked = delivery.reply, delivery.asked
+    assert reply.leaves is not None
+    if fed.edge and reply.facts.get("edge") != fed.edge:
+        got = reply.facts.get("edge", "none")
+        raise Refusal(
+            "basis", f"trained on edge weights {got[:16]}, this run has {fed.edge[:16]}", delivery.client
+        )
+    names = rule.travelling(fed.spec, asked)
+    leaves, fisher = reply.leaves, reply.fisher
+    codec = codec_asked(advise(rule, fed.spec, fed.config, asked))
+    if codec is not None:
+        leaves = unpack_update(codec, leaves, started_from, names)
+        fisher = None if fisher is None else unpack_fisher(fisher, started_from, names)
+    metrics = {
+        "loss": reply.metrics.get("initial-loss", reply.metrics["loss"]),
+        "steps": reply.metrics.get("steps", 0.0),
+    }
+    if "learning-rate" in reply.metrics:
+        metrics["lr"] = reply.metrics["learning-rate"]
+    update = Update(
+        client=delivery.client,
+        round=reply.round,
+        weight=reply.metrics["samples"],
+        leaves=leaves,
+        fisher=fisher,
+        spec=reply.facts.get("spec", ""),
+        basis=reply.facts.get("basis", ""),
+        metrics=metrics,
+    )
+    needs_fisher = bool(rule.client_config(asked).get("fisher"))
+    validate(update, fed.spec, round=asked, names=names, needs_fisher=needs_fisher)
+    return update
+
+
+def take_in(
+    fed: Federation,
+    rule: Rule,
+    delivery: Delivery,
+    number: int,
+    current: Leaves,
+    started_from: Mapping[int, Leaves],
+) -> Update:
+    """The update that a reply of this round or, where late ones are buffered, of an earlier round contributes.
+
+    Raises:
+        Refusal: with the reason.
+    """
+    asked = delivery.asked
+    if asked == number:
+        return read_update(fed, rule, delivery, current)
+    if fed.config.late == "drop" or asked not in started_from:
+        raise Refusal("round", f"asked for in round {asked}, came in round {number}: late", delivery.client)
+    update = read_update(fed, rule, delivery, started_from[asked])
+    return freshen(update, started_from[asked], current, number, fed.config.staleness)

@@ -1,0 +1,120 @@
+"""Write down what a round did: a checkpoint, a line for each client, a line for the round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from fednano.errors import HostUnavailable, RunError
+from fednano.federation.exchange import Delivery
+from fednano.federation.phase import MAIN_PHASE, Federation, PhaseResult, WireTotals
+
+__all__ = ["failure_of", "finish_round", "give_up", "mean_loss", "record_client", "save_round"]
+
+
+def failure_of(delivery: Delivery) -> str | None:
+    """Why a reply to a training request cannot be an update; ``None`` when it can."""
+    reply = delivery.reply
+    if reply.failure is not None:
+        return f"{reply.failure.kind}: {reply.failure.message}"
+    if reply.leaves is None:
+        return "the reply carries no adapter leaves"
+    if "loss" not in reply.metrics or "samples" not in reply.metrics:
+        return "the reply lacks its loss or its number of samples"
+    return None
+
+
+def mean_loss(losses: list[tuple[str, float, float]]) -> float | None:
+    """Weighted by samples and summed in the order of names, so that it has the same bits in every run."""
+    if not losses:
+        return None
+    total = sum(weight for _, _, weight in losses)
+    return sum(loss * weight for _, loss, weight in sorted(losses)) / total
+
+
+def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, reason: str | None) -> None:
+    """One line on a client's reply: what it reached, or why it was refused."""
+    metrics = delivery.reply.metrics
+    planes = {
+        "adapter_up": delivery.leaves_bytes,
+        "activation_up": int(metrics.get("step-sent", 0)),
+        "activation_down": int(metrics.get("step-received", 0)),
+    }
+    record: dict[str, object] = {
+        "phase": phase,
+        "round": number,
+        "scope": "client",
+        "client": delivery.client,
+        "seconds": delivery.seconds,
+        "bytes": planes,
+    }
+    if delivery.asked != number:
+        record["trained_for"] = delivery.asked
+    if reason is None:
+        record |= {"loss": metrics["loss"], "samples": int(metrics["samples"])}
+        record["encoded"] = int(metrics.get("encoded", 0))
+    else:
+        record["refused"] = reason
+        fed.folder.append_event("warning", f"{phase}, round {number}, {delivery.client}: {reason}")
+    fed.folder.append_metrics(record)
+    fed.view.client_done(
+        delivery.client,
+        loss=metrics.get("loss") if reason is None else None,
+        samples=int(metrics["samples"]) if reason is None else None,
+        seconds=delivery.seconds,
+        bytes=planes,
+        refused=reason,
+    )
+
+
+def save_round(fed: Federation, phase: str, number: int, result: PhaseResult) -> None:
+    """The checkpoint of a round: everything that resuming needs of the server."""
+    state = {
+        "phase": phase,
+        "round": number,
+        "wire": vars(result.wire),
+        "loss": result.loss,
+        "accepted": result.accepted,
+    }
+    tensors = {f"leaf.{name}": leaf for name, leaf in result.leaves.items()}
+    tensors |= {f"memory.{name}": leaf for name, leaf in result.memory.items()}
+    fed.folder.save_checkpoint(
+        number,
+        tensors,
+        state,
+        keep_last=fed.config.rounds,  # a few kilobytes each; unlearning starts from the one before first exposure
+        phase=None if phase == MAIN_PHASE else phase,
+    )
+
+
+def finish_round(
+    fed: Federation, phase: str, number: int, result: PhaseResult, wire: WireTotals, seconds: float
+) -> None:
+    """Show a round, judge it where one is due, and write its line."""
+    record: dict[str, object] = {
+        "phase": phase,
+        "round": number,
+        "scope": "global",
+        "seconds": seconds,
+        "bytes": wire.planes(),
+    }
+    if result.loss is not None:
+        record["train_loss"] = result.loss
+    fed.view.round_done(number, loss=result.loss, seconds=seconds, bytes=wire.planes())
+    every = fed.config.evaluate_every
+    if every and number % every == 0:
+        samples = fed.evaluator.samples(fed.config.evaluate_samples)
+        judged = fed.evaluator.judge(result.tuned, samples)
+        record |= {"accuracy": judged.accuracy, "loss": judged.loss, "samples": len(samples)}
+        fed.view.evaluation(phase, number, accuracy=judged.accuracy, loss=judged.loss, samples=len(samples))
+    fed.folder.append_metrics(record)
+
+
+def give_up(number: int, failures: Mapping[str, str]) -> NoReturn:
+    """End a run that cannot make progress, with the reason that the clients gave."""
+    client, reason = min(failures.items())
+    if reason.startswith("HostUnavailable"):
+        raise HostUnavailable(
+            f"no client reached the language host in round {number}. {client} says: {reason}"
+        )
+    raise RunError(f"no client delivered a valid update in round {number}. {client} says: {reason}")

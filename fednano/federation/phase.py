@@ -1,0 +1,151 @@
+"""What a phase of a run works with, and what it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fednano.aggregation import Rule, Spec
+from fednano.federation.config import RunConfig
+from fednano.federation.evaluator import Evaluator
+from fednano.federation.exchange import Delivery, Stop
+from fednano.federation.messages import HostTicket
+from fednano.runs import RunFolder, RunView
+
+__all__ = ["MAIN_PHASE", "Federation", "Leaves", "PhaseResult", "WireTotals"]
+
+Leaves = dict[str, Tensor]
+
+MAIN_PHASE = "federated"
+"""The phase that the run exists for; its checkpoints stand directly in the run folder."""
+
+
+@dataclass
+class WireTotals:
+    """Bytes counted over one phase.
+
+    Attributes:
+        updates: replies that carried an update.
+        adapter_up: bytes of their updates, as Flower serialised them.
+        requests: training requests sent.
+        adapter_down: bytes of the leaves in them, and of what the merge rule sends beside these.
+        samples: samples of all training steps.
+        activation_up: bytes sent to the language host in these steps.
+        activation_down: bytes that came back.
+    """
+
+    updates: int = 0
+    adapter_up: int = 0
+    requests: int = 0
+    adapter_down: int = 0
+    samples: int = 0
+    activation_up: int = 0
+    activation_down: int = 0
+
+    def add_reply(self, delivery: Delivery) -> None:
+        """Count one reply."""
+        metrics = delivery.reply.metrics
+        self.updates += 1
+        self.adapter_up += delivery.leaves_bytes
+        self.samples += int(metrics.get("step-samples", 0))
+        self.activation_up += int(metrics.get("step-sent", 0))
+        self.activation_down += int(metrics.get("step-received", 0))
+
+    def add(self, other: WireTotals) -> None:
+        """Count what was counted elsewhere."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def planes(self) -> dict[str, int]:
+        """Bytes by plane and direction, for metrics and displays."""
+        return {
+            "adapter_up": self.adapter_up,
+            "adapter_down": self.adapter_down,
+            "activation_up": self.activation_up,
+            "activation_down": self.activation_down,
+        }
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What every phase of a run works with.
+
+    Attributes:
+        grid: Flower's connection to the clients.
+        nodes: client name to node id.
+        config: the run's settings.
+        ticket: how clients reach the language host.
+        spec: what an update must look like.
+        folder: where everything is written.
+        view: what the user sees.
+        stop: a request to end early.
+        evaluator: judges adapters on the test set.
+        simulated: whether the clients hold parts of one data set, instead of data of their own.
+        basis: fingerprint of the adapters' basis, where one was shipped.
+        edge: fingerprint of the edge weights that every update must be trained on; empty = not checked.
+        seeded: the leaves that every client makes from the seed by itself, and that need not travel to it.
+    """
+
+    grid: Grid
+    nodes: Mapping[str, int]
+    config: RunConfig
+    ticket: HostTicket
+    spec: Spec
+    folder: RunFolder
+    view: RunView
+    stop: Stop
+    evaluator: Evaluator
+    simulated: bool
+    basis: str = ""
+    edge: str = ""
+    seeded: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class PhaseResult:
+    """How a phase ended.
+
+    Attributes:
+        leaves: the merged adapters.
+        wire: bytes counted.
+        loss: mean training loss of the last round.
+        rounds: rounds that were completed.
+        memory: what the merge rule carries from round to round.
+        beside: residuals that stand beside the frozen model, as `NanoEdge.load_travelling` takes them.
+        accepted: client name to the last round whose update of it was merged.
+    """
+
+    leaves: Leaves
+    wire: WireTotals = field(default_factory=WireTotals)
+    loss: float | None = None
+    rounds: int = 0
+    memory: Leaves = field(default_factory=dict)
+    beside: Leaves = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tuned(self) -> Leaves:
+        """Everything that tuning has made: the merged adapters and their residuals."""
+        return {**self.leaves, **self.beside}
+
+    def remember(self, rule: Rule, spec: Spec, memory: Leaves) -> None:
+        """Take over a rule's memory, and with it the residuals that it holds."""
+        self.memory = memory
+        self.beside = {
+            name: leaf for name, leaf in sent_beside(rule, spec, memory).items() if name.startswith("beside/")
+        }
+
+
+def sent_beside(rule: Rule, spec: Spec, memory: Leaves) -> Leaves:
+    """What a rule sends down besides the leaves, residuals in the orientation in which rows are multiplied."""
+    sent = rule.downlink(memory)
+    out = {name: tensor for name, tensor in sent.items() if not name.startswith("residual/")}
+    for site, product in spec.products.items():
+        left, right = (sent.get(f"residual/{site}.{side}") for side in ("left", "right"))
+        if left is not None and right is not None:
+            rows = (left, right) if product.down == "left" else (right.T, left.T)
+            out[f"beside/{site}.down"], out[f"beside/{site}.up"] = (factor.contiguous() for factor in rows)
+    return out
