@@ -41,7 +41,7 @@ format: $(STAMP)  ## Put the code into its standard form
 	$(BIN)/ruff format .
 
 proto: $(STAMP)  ## Generate the protocol code of the language host again
-	$(BIN)/python -m fednano.host.proto.generate
+	$(BIN)/python fednano/host/proto/generate.py  # by its path: the package may not import until this has run
 
 clean:  ## Remove the environment and everything that can be made again
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

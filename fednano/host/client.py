@@ -43,9 +43,9 @@ class RemoteLLM:
         client_certificate: PEM chain that goes with it.
         insecure: plain text instead of TLS; accepted for loopback addresses only.
         timeout_s: deadline of one attempt at a request.
-        retry_seconds: how long a request is repeated while the host is busy or away, from its first failure
-        on. wire_dtype: type of embeddings and gradients on the wire: float32, bfloat16 or float16; ``None``
-            takes that of the embeddings (float32 for float64). A narrower type rounds both.
+        retry_seconds: how long a request is repeated while the host is busy or away, from its first failure on.
+        wire_dtype: type of embeddings and gradients on the wire: float32, bfloat16, float16, or int8 with a scale per
+            token; ``None`` takes that of the embeddings (float32 for float64). A narrower type rounds both.
         chunk_bytes: size of the pieces in which tensors are sent.
 
     Raises:
@@ -66,8 +66,10 @@ class RemoteLLM:
         wire_dtype: torch.dtype | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        if wire_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(f"wire_dtype: got {wire_dtype}, expected float32, bfloat16, float16 or None")
+        if wire_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+            raise ConfigError(
+                f"wire_dtype: got {wire_dtype}, expected float32, bfloat16, float16, int8 or None"
+            )
         if not 0 < chunk_bytes <= 3 << 20:
             raise ConfigError(f"chunk_bytes: got {chunk_bytes}, expected 1 to {3 << 20}")
         if insecure and (root_certificates or client_key or client_certificate):

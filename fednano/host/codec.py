@@ -2,7 +2,9 @@
 
 A batch ``(B, T, d)`` with a mask travels as its N real tokens laid end to end, ``(N, d)``, and the number of
 tokens of each sample. A float16 batch is first multiplied by a power of two, so that small gradients do not
-vanish and large activations do not overflow; such a factor changes no digit.
+vanish and large activations do not overflow; such a factor changes no digit. An int8 batch travels row by row, each
+token with a scale of its own (4 bytes, then d bytes): the largest number of a token decides its step, not that of the
+batch.
 """
 
 from __future__ import annotations
@@ -23,20 +25,28 @@ __all__ = [
     "chunks",
     "decode",
     "decode_labels",
+    "decode_rows",
     "encode",
-    "itemsize",
+    "encode_rows",
     "pack",
     "pad",
     "raw",
+    "row_bytes",
     "wire_dtype",
 ]
 
 Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
-_DTYPES = {pb.FLOAT32: torch.float32, pb.BFLOAT16: torch.bfloat16, pb.FLOAT16: torch.float16}
+_DTYPES = {
+    pb.FLOAT32: torch.float32,
+    pb.BFLOAT16: torch.bfloat16,
+    pb.FLOAT16: torch.float16,
+    pb.INT8: torch.int8,
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _NUMBERS = {2: (torch.int16, "<i2"), 4: (torch.int32, "<i4")}
 _HALF_TOP = 2.0**14
 """Largest magnitude after scaling to float16, whose maximum is 65504: a reserve of two doublings."""
+_SCALE_BYTES = 4
 
 
 def wire_dtype(code: pb.DType) -> torch.dtype:
@@ -46,13 +56,13 @@ def wire_dtype(code: pb.DType) -> torch.dtype:
         HostRefused: unknown code.
     """
     if code not in _DTYPES:
-        raise HostRefused(f"dtype: got wire code {code}, expected FLOAT32, BFLOAT16 or FLOAT16")
+        raise HostRefused(f"dtype: got wire code {code}, expected FLOAT32, BFLOAT16, FLOAT16 or INT8")
     return _DTYPES[code]
 
 
-def itemsize(code: pb.DType) -> int:
-    """Bytes of one number of a wire code."""
-    return wire_dtype(code).itemsize
+def row_bytes(dtype: torch.dtype, width: int) -> int:
+    """Bytes on the wire of one token of ``width`` numbers."""
+    return _SCALE_BYTES + width if dtype == torch.int8 else width * dtype.itemsize
 
 
 def pad(lengths: Sequence[int]) -> Tensor:
@@ -100,6 +110,31 @@ def decode(buffer: Bytes, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return numbers if dtype != torch.float16 else numbers.float() / scale
 
 
+def encode_rows(rows: Tensor, dtype: torch.dtype) -> memoryview:
+    """Bytes of tokens ``(N, d)`` in ``dtype``, without a common factor."""
+    if dtype != torch.int8:
+        return raw(rows.to(dtype))
+    numbers = rows.detach().float().cpu()
+    step = numbers.abs().amax(1, keepdim=True) / 127  # (N, 1)
+    # A row that is not finite gets a step that is not, and comes out as NaN: nobody takes it for numbers.
+    bytes_ = torch.where(step > 0, numbers / step, 0).nan_to_num().round().clamp(-127, 127).to(torch.int8)
+    whole = np.empty((len(rows), _SCALE_BYTES + rows.shape[1]), dtype=np.uint8)
+    whole[:, :_SCALE_BYTES] = step.numpy().astype("<f4").view(np.uint8)
+    whole[:, _SCALE_BYTES:] = bytes_.numpy().view(np.uint8)
+    return whole.reshape(-1).data
+
+
+def decode_rows(buffer: Bytes, dtype: torch.dtype, width: int, scale: float = 1.0) -> Tensor:
+    """Tokens ``(N, width)`` from their bytes ``(N * row_bytes,)``; float16 and int8 come back as float32."""
+    if dtype != torch.int8:
+        return decode(buffer, dtype, scale).view(-1, width)
+    whole = buffer.reshape(-1, _SCALE_BYTES + width)
+    step = np.ascontiguousarray(whole[:, :_SCALE_BYTES]).view("<f4").astype(np.float32)  # (N, 1)
+    return torch.from_numpy(whole[:, _SCALE_BYTES:].view(np.int8).astype(np.float32)).mul_(
+        torch.from_numpy(step)
+    )
+
+
 def decode_labels(buffer: Bytes) -> Tensor:
     """Labels ``(n,)`` int64 from their int32 bytes ``(4 n,)``."""
     return torch.from_numpy(buffer.view("<i4").astype(np.int64))
@@ -113,7 +148,7 @@ def pack(rows: Tensor, dtype: torch.dtype, lengths: Sequence[int]) -> tuple[pb.P
         dtype: type on the wire.
         lengths: tokens of each sample, summing to N.
     """
-    data, scale = encode(rows, dtype)
+    data, scale = (encode_rows(rows, dtype), 1.0) if dtype == torch.int8 else encode(rows, dtype)
     return pb.Packed(dtype=_CODES[dtype], hidden_size=rows.shape[1], lengths=lengths, scale=scale), data
 
 

@@ -134,8 +134,8 @@ def begin_generation(llm: LocalLLM, header: pb.GenerateHeader, buffer: codec.Ass
 def _unpack(packed: pb.Packed, buffer: codec.Assembler) -> tuple[Tensor, Tensor]:
     """Embeddings ``(B, L, d)``, zeros as padding, and mask ``(B, L)``."""
     dtype = codec.wire_dtype(packed.dtype)
-    nbytes = sum(packed.lengths) * packed.hidden_size * dtype.itemsize
-    rows = codec.decode(buffer.take(nbytes), dtype, packed.scale).view(-1, packed.hidden_size)
+    nbytes = sum(packed.lengths) * codec.row_bytes(dtype, packed.hidden_size)
+    rows = codec.decode_rows(buffer.take(nbytes), dtype, packed.hidden_size, packed.scale)
     mask = codec.pad(packed.lengths)
     if bool(mask.all()):
         return rows.view(*mask.shape, -1), mask

@@ -55,7 +55,7 @@ def split_batch(lengths: Sequence[int], info: HostInfo, dtype: torch.dtype) -> l
     Raises:
         HostRefused: one sample alone is beyond the limits.
     """
-    per_token = info.hidden_size * dtype.itemsize + LABEL_BYTES
+    per_token = codec.row_bytes(dtype, info.hidden_size) + LABEL_BYTES
     limits, parts, start = info.limits, [], 0
     for i, length in enumerate(lengths):
         if length > limits.max_tokens or length * per_token > limits.max_request_bytes:
@@ -115,7 +115,7 @@ class Requests:
             want_gradient=want_gradient,
         )
         body = [data, codec.raw(labels.int())]
-        nbytes = rows.numel() * dtype.itemsize if want_gradient else 0
+        nbytes = len(rows) * codec.row_bytes(dtype, rows.shape[1]) if want_gradient else 0
 
         def frames() -> Iterator[pb.StepRequest]:
             yield pb.StepRequest(header=header)
@@ -138,7 +138,7 @@ class Requests:
         losses = torch.tensor(result.losses, dtype=torch.float32)
         if not want_gradient:
             return losses, None
-        return losses, codec.decode(received, dtype, result.gradient.scale).view(rows.shape)
+        return losses, codec.decode_rows(received, dtype, rows.shape[1], result.gradient.scale)
 
     def generate(
         self,
@@ -195,7 +195,7 @@ class Requests:
                     if embed is not None and step + 1 < max_new_tokens and not bool(ended.all()):
                         new = embed(last)
                         check_token_embeds(new, len(lengths), rows.shape[1])
-                        for chunk in codec.chunks([codec.raw(new.to(dtype))], self._chunk_bytes):
+                        for chunk in codec.chunks([codec.encode_rows(new, dtype)], self._chunk_bytes):
                             outbox.put(chunk)
             finally:
                 outbox.put(None)

@@ -133,13 +133,13 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
                 buffer = await self._receive(context, "generate", body)
                 state = await self._pool.run(lambda: begin_generation(self._llm, header, buffer))
                 await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
-                size = len(packed.lengths) * packed.hidden_size * codec.itemsize(packed.dtype)
+                dtype = codec.wire_dtype(packed.dtype)
+                size = len(packed.lengths) * codec.row_bytes(dtype, packed.hidden_size)
                 while not state.done:
                     embeds = None
                     if header.client_embeds:
                         frame = await self._receive(context, "generate", size)
-                        numbers = codec.decode(frame.take(size), codec.wire_dtype(packed.dtype))
-                        embeds = numbers.view(len(packed.lengths), packed.hidden_size)
+                        embeds = codec.decode_rows(frame.take(size), dtype, packed.hidden_size)
                     await self._pool.run(lambda e=embeds: state.advance(e))  # type: ignore[misc]
                     await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
             self._count(trace, header)
@@ -160,10 +160,10 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
             )
         if packed.hidden_size != part.hidden_size:
             raise HostRefused(f"hidden_size: got {packed.hidden_size}, expected {part.hidden_size}")
-        itemsize = codec.itemsize(packed.dtype)
+        token_bytes = codec.row_bytes(codec.wire_dtype(packed.dtype), packed.hidden_size)
         if not (math.isfinite(packed.scale) and packed.scale > 0):
             raise HostRefused(f"scale: got {packed.scale}, expected a positive finite number")
-        nbytes = sum(packed.lengths) * (packed.hidden_size * itemsize + per_token)
+        nbytes = sum(packed.lengths) * (token_bytes + per_token)
         self._limits.check(packed.lengths, nbytes, new_tokens)
         longest = max(packed.lengths)
         if longest + new_tokens > part.max_positions:

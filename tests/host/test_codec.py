@@ -97,3 +97,28 @@ def test_generated_code_is_current(tmp_path: Path) -> None:
 def test_generated_code_imports_without_warnings() -> None:
     code = "import fednano.host.proto.language_host_pb2_grpc"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+@given(n=st.integers(1, 6), d=st.integers(1, 40), exponent=st.integers(-30, 30), seed=st.integers(0, 9))
+def test_int8_rounds_each_token_by_its_own_step(n: int, d: int, exponent: int, seed: int) -> None:
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    rows[0] = 0
+    if n > 1:
+        rows[1] *= 1e6  # a large token must not cost the others their digits
+    data = codec.encode_rows(rows, torch.int8)
+    assert len(data) == n * codec.row_bytes(torch.int8, d) == n * (d + 4)
+    back = codec.decode_rows(np.frombuffer(data, dtype=np.uint8), torch.int8, d)
+    step = rows.abs().amax(1, keepdim=True) / 127
+    assert bool(((back - rows).abs() <= 0.5001 * step).all())
+    assert torch.equal(back[0], rows[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int8_does_not_hide_what_is_not_finite(value: float) -> None:
+    rows = torch.ones(2, 5)
+    rows[1, 2] = value
+    back = codec.decode_rows(
+        np.frombuffer(codec.encode_rows(rows, torch.int8), dtype=np.uint8), torch.int8, 5
+    )
+    assert torch.equal(back[0], rows[0])
+    assert not bool(back[1].isfinite().any())

@@ -124,6 +124,20 @@ def test_narrow_wire_types_round_and_nothing_else(
     assert relative(grad, exact) < 2.0**-8
 
 
+def test_int8_travels_in_a_quarter_of_the_bytes_and_trains_alike(local: LocalLLM, host: RunningHost) -> None:
+    embeds, mask, labels = make_batch([9, 6, 12], [0, 3, 0], 1)
+    with connect(host, wire_dtype=torch.int8) as remote:
+        losses, grad = take_step(remote, (embeds, mask, labels))
+        assert remote.wire.step.sent_bytes < 27 * (D + 4 + 4) + 200
+        assert remote.wire.step.received_bytes < 27 * (D + 4) + 200
+        prompts, prompt_mask, _ = make_batch([7, 5], seed=2)
+        embed = torch.nn.Embedding(local.vocab_size, D)
+        assert remote.generate(prompts, prompt_mask, 3, embed).shape == (2, 3)
+    want, exact = take_step(local, (embeds, mask, labels))
+    torch.testing.assert_close(losses, want, rtol=2e-2, atol=0)
+    assert relative(grad, exact) < 0.05
+
+
 def test_the_type_of_the_embeddings_is_kept(local: LocalLLM, host: RunningHost) -> None:
     embeds, mask, labels = make_batch([4, 5])
     with connect(host) as remote:
