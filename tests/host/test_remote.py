@@ -329,7 +329,7 @@ def test_a_closed_client_and_bad_options() -> None:
     with pytest.raises(HostUnavailable, match="has been closed"):
         remote.describe()
     for options, message in (
-        ({"wire_dtype": torch.int16}, "wire_dtype: got torch.int8"),
+        ({"wire_dtype": torch.int16}, "wire_dtype: got torch.int16"),
         ({"chunk_bytes": 0}, "chunk_bytes: got 0"),
         ({"timeout_s": 0.0}, "expected above 0"),
         ({"root_certificates": b"x"}, "insecure=True goes without certificates"),
