@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 from fednano.unlearning.jobs.keys import Signer, create_key
 from fednano.unlearning.jobs.registry import Registry

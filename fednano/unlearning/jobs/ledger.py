@@ -15,8 +15,8 @@ from typing import Any
 from fednano.errors import ReceiptInvalid, RunError
 from fednano.runs.atomic import disk_advice
 from fednano.unlearning.jobs.canonical import canonical, parse_canonical, sha256_hex
+from fednano.unlearning.jobs.job import timestamp
 from fednano.unlearning.jobs.keys import Signer, valid_signature
-from fednano.unlearning.jobs.store import timestamp
 
 __all__ = ["Ledger", "genesis"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from fednano.errors import RequestRefused
 from fednano.unlearning.jobs.canonical import canonical, sha256_hex
+from fednano.unlearning.jobs.job import now, parse_time, timestamp
 from fednano.unlearning.jobs.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.registry import Registry
-from fednano.unlearning.jobs.store import now, parse_time, timestamp
 
 __all__ = ["KINDS", "Plan", "authenticate", "request_key", "scope_hash", "sign_request"]
 

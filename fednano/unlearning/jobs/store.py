@@ -10,16 +10,15 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fednano.errors import JobStateError, RequestRefused, RunError
 from fednano.runs.atomic import disk_advice
+from fednano.unlearning.jobs.job import Job, Move, timestamp
 from fednano.unlearning.jobs.states import FINAL, MOVES, State
 
-__all__ = ["Job", "Move", "Store", "now", "only_worker", "parse_time", "timestamp"]
+__all__ = ["Store", "only_worker"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -43,83 +42,6 @@ CREATE TABLE IF NOT EXISTS nonces (nonce TEXT PRIMARY KEY, job TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS refusals (time TEXT NOT NULL, site TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS intents (batch TEXT PRIMARY KEY, kind TEXT NOT NULL, body TEXT NOT NULL);
 """
-
-
-def now() -> datetime:
-    """The present, in UTC, to the microsecond."""
-    return datetime.now(UTC)
-
-
-def timestamp(moment: datetime | None = None) -> str:
-    """RFC 3339 in UTC, microseconds included; sorts as time does."""
-    return f"{(moment or now()).astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-
-
-def parse_time(text: str) -> datetime:
-    """Inverse of :func:`timestamp`; any ISO 8601 time with an offset, and a bare date as its end in UTC.
-
-    Raises:
-        ValueError: neither.
-    """
-    if len(text) == len("2026-01-31"):
-        return datetime.fromisoformat(f"{text}T23:59:59+00:00")
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        raise ValueError(f"{text!r} has no time zone; add 'Z' for UTC")
-    return moment.astimezone(UTC)
-
-
-@dataclass(frozen=True)
-class Move:
-    """One change of state."""
-
-    source: str
-    target: str
-    actor: str
-    time: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job as the store holds it.
-
-    Attributes:
-        id: ``u0001``, ``u0002``, ... in the order of submission.
-        key: what makes two requests the same request.
-        site: the owner.
-        state: where it stands.
-        created: time of submission.
-        updated: time of the last change.
-        envelope: the signed request.
-        facts: what was found out on the way, by name: number of samples, first exposure, receipt, purge.
-        note: the last thing worth telling.
-        batch: id of the first of the jobs it is worked on together with; empty before it runs.
-        stop: who asked to cancel it while it was running; empty when nobody did.
-    """
-
-    id: str
-    key: str
-    site: str
-    state: State
-    created: str
-    updated: str
-    envelope: dict[str, Any]
-    facts: dict[str, Any]
-    note: str
-    batch: str
-    stop: str
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """What the site signed."""
-        body: dict[str, Any] = self.envelope["request"]
-        return body
-
-    def overdue(self, moment: datetime | None = None) -> bool:
-        """Whether the deadline has passed with the job not yet at an end."""
-        deadline = str(self.request["deadline"])
-        return bool(deadline) and self.state not in FINAL and parse_time(deadline) < (moment or now())
 
 
 class Store:
@@ -243,7 +165,7 @@ class Store:
                         note,
                         json.dumps(job.facts | dict(facts or {})),
                         job.batch if batch is None else batch,
-                        job.stop if target is State.CANCELLED else "",
+                        "" if target is State.QUEUED else job.stop,
                         identity,
                     ),
                 )

@@ -1,0 +1,104 @@
+"""What the worker asks of whoever does the unlearning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fednano.errors import FednanoError
+from fednano.unlearning.jobs.request import Plan
+
+__all__ = ["OwnerOffline", "Result", "Round", "Runner", "Task"]
+
+
+class OwnerOffline(FednanoError):
+    """The owner's data cannot be reached now; the job waits in the queue."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a runner is to do.
+
+    Attributes:
+        run: the run folder.
+        site: the owner.
+        samples: ids to forget, all of them trained on.
+        plan: how.
+    """
+
+    run: Path
+    site: str
+    samples: tuple[str, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured in one round; ``None`` where it was not.
+
+    Attributes:
+        number: from 1.
+        of: most rounds.
+        ihl: inverted hinge loss on the forget set, in [0, 2].
+        retain_loss: cross-entropy on retained data, nats a token.
+        el: extraction likelihood EL_10, in [0, 1].
+        ma: memorisation accuracy, in [0, 1].
+    """
+
+    number: int
+    of: int
+    ihl: float | None = None
+    retain_loss: float | None = None
+    el: float | None = None
+    ma: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a runner hands back.
+
+    Attributes:
+        payload: the shadow adapter, as a safetensors file.
+        info: what changes in the adapter's description (``adapter.json``).
+        before: figures of the adapter before, by name.
+        after: the same figures of the shadow adapter.
+        reference: the same figures of what it is compared with; empty where there is none.
+        reference_kind: what that is, such as ``"retrained"``; empty where there is none.
+        seconds: seconds of work.
+        bytes: bytes that crossed the wire.
+        rounds: rounds done.
+        stopped: why it stopped, such as ``"forgotten"`` or ``"rounds"``.
+        accepted: whether the stop rule's goals and the utility floor are met.
+        reasons: why not, for people.
+        approximations: names of what was approximated.
+    """
+
+    payload: bytes
+    info: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
+    after: Mapping[str, Any] = field(default_factory=dict)
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    reference_kind: str = ""
+    seconds: float = 0.0
+    bytes: int = 0
+    rounds: int = 0
+    stopped: str = ""
+    accepted: bool = True
+    reasons: tuple[str, ...] = ()
+    approximations: tuple[str, ...] = ()
+
+
+class Runner(Protocol):
+    """What unlearns. It must not write to the run folder."""
+
+    def __call__(self, task: Task, *, progress: Callable[[Round], None], stop: Callable[[], bool]) -> Result:
+        """Unlearn ``task``.
+
+        Raises:
+            OwnerOffline: the owner's data cannot be reached now.
+            Interrupted: ``stop`` said so.
+            FednanoError: it cannot be done; the job fails with the message.
+        """
+        ...
