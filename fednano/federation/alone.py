@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 
 from fednano.errors import RunError
 from fednano.federation.asking import ask
+from fednano.federation.config import Scalar
 from fednano.federation.exchange import Delivery
-from fednano.federation.ledger import failure_of, finish_round, mean_loss, record_client
+from fednano.federation.ledger import failure_of, mean_loss, record_client, round_record
 from fednano.federation.messages import Instruction
 from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals
+from fednano.federation.schedules import learning_rate_at
+from fednano.federation.watching import judge_round
 
 __all__ = ["run_pooled", "run_separate"]
 
@@ -53,7 +56,8 @@ def run_pooled(fed: Federation, phase: str, start: Leaves) -> PhaseResult:
             record_client(fed, phase, number, delivery, reason)
         result.rounds = number
         result.wire.add(wire)
-        finish_round(fed, phase, number, result, wire, time.monotonic() - began)
+        record = round_record(fed, phase, number, result, wire, time.monotonic() - began)
+        judge_round(fed, phase, number, result, record)
     return result
 
 
@@ -66,10 +70,13 @@ def _train(
     *,
     pool: bool = False,
 ) -> Iterator[Delivery]:
-    """Plain training from plain leaves: what is not merged needs no codec and no advice."""
+    """Plain training from plain leaves: what is not merged needs no codec, and of advice the learning rate at most."""
+    advice: dict[str, Scalar] = {}
+    if fed.config.lr_schedule != "constant":
+        advice["learning_rate"] = learning_rate_at(fed.config, number)
     instructions = {
         client: Instruction(
-            *(fed.config, phase, number, fed.ticket, pool, {}, own), basis=fed.basis, run=fed.folder.id
+            *(fed.config, phase, number, fed.ticket, pool, advice, own), basis=fed.basis, run=fed.folder.id
         )
         for client, own in leaves.items()
     }

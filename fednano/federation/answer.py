@@ -12,6 +12,7 @@ from fednano.federation.config import RunConfig
 from fednano.federation.gathering import BASIS_FILE, unflatten
 from fednano.federation.messages import HostTicket
 from fednano.federation.model import build_edge, connect
+from fednano.federation.schedules import fit_rank
 from fednano.federation.server import config_of
 from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder
@@ -71,5 +72,6 @@ def tuned_edge(folder: RunFolder, *, untuned: bool = False) -> tuple[RunConfig, 
             f"{str(info.get('edge'))[:16]}, here {edge.edge.fingerprint[:16]}). Restore that model."
         )
     if not untuned:
+        fit_rank(edge, leaves)
         edge.load_travelling(leaves)
     return config, edge

@@ -14,6 +14,7 @@ from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.exchange import Delivery, Outstanding, exchange
 from fednano.federation.messages import Instruction, record_bytes
 from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals, sent_beside
+from fednano.federation.schedules import learning_rate_at
 from fednano.federation.uplink import PLAIN, codec_asked, unpack_fisher, unpack_update
 from fednano.training.seeds import generator
 
@@ -60,6 +61,8 @@ def advise(rule: Rule, spec: Spec, config: RunConfig, number: int) -> dict[str, 
     travelling = set(rule.travelling(spec, number))
     for key in {"frozen", "personal"} & set(advice):
         advice[key] = ",".join(name for name in spec.leaves if name not in travelling)
+    if config.lr_schedule != "constant":
+        advice["learning_rate"] = learning_rate_at(config, number)
     if config.codec != PLAIN:
         advice |= {"codec": config.codec, "codec_options": config.codec_options}
     return advice
@@ -153,8 +156,11 @@ def read_update(fed: Federation, rule: Rule, delivery: Delivery, started_from: L
     leaves, fisher = reply.leaves, reply.fisher
     codec = codec_asked(advise(rule, fed.spec, fed.config, asked))
     if codec is not None:
-        leaves = unpack_update(codec, leaves, started_from, names)
-        fisher = None if fisher is None else unpack_fisher(fisher, started_from, names)
+        try:
+            leaves = unpack_update(codec, leaves, started_from, names)
+            fisher = None if fisher is None else unpack_fisher(fisher, started_from, names)
+        except Refusal as error:
+            raise Refusal(error.reason, str(error), delivery.client) from error
     metrics = {
         "loss": reply.metrics.get("initial-loss", reply.metrics["loss"]),
         "steps": reply.metrics.get("steps", 0.0),

@@ -14,6 +14,7 @@ from fednano.federation.asking import needed_clients
 from fednano.federation.config import RunConfig, parse_settings
 from fednano.federation.judging import judge_all, record_accuracy
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
+from fednano.federation.schedules import check_schedules
 from fednano.federation.uplink import codec_for
 
 __all__ = ["BaselineResult", "build_rule", "check_rule", "run_baselines"]
@@ -88,6 +89,12 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
         raise ConfigError(
             f"rule 'bulyan' needs {4 * rule.malicious + 3} updates a round against {rule.malicious} malicious clients, "
             f"and {taking_part} take part. Lower malicious, or raise clients or fraction."
+        )
+    check_schedules(rule, config)
+    if config.keep == "best" and {"personal", "personal_adapter"} & set(rule.client_config(1)):
+        raise ConfigError(
+            f"rule {rule.name!r} leaves personal adapters with the clients, which keep their last ones only, so keep "
+            "'best' cannot bring them back. Set keep to 'last'."
         )
     check_combination(
         rule,

@@ -39,6 +39,7 @@ from fednano.federation.model import (
 )
 from fednano.federation.participation import compose, contribute, own_leaves
 from fednano.federation.personal import mixed_answers
+from fednano.federation.schedules import fit_rank
 from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
@@ -66,7 +67,17 @@ _PASSING = frozenset(
         *("rounds", "samples", "batch-size", "optimizer", "learning-rate", "weight-decay", "proximal-mu"),
         *("clip-norm", "rule", "rule-options", "fisher-samples", "fraction", "min-replies", "max-abs"),
         *("round-timeout", "evaluate-every", "evaluate-samples", "final-samples", "max-new-tokens", "codec"),
-        *("codec-options", "baselines"),
+        *(
+            "codec-options",
+            "baselines",
+            "over-select",
+            "late",
+            "staleness",
+            "max-norm",
+            "lr-schedule",
+            "lr-final",
+        ),
+        *("rank-schedule", "early-stop", "keep", "evaluate-clients-every"),
     }
 )
 """Settings that come with each request and decide nothing about what a process loads."""
@@ -299,7 +310,9 @@ def evaluate(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         raise DataError(f"{name} holds no samples out. Raise holdout, or give it more data.")
     personal = instruction.advice.get("personal") or instruction.advice.get("personal_adapter")
     memory = _state(instruction, node, name).load(instruction.accepted) if personal else {}
-    worker.edge.load_travelling(compose(worker, instruction, memory))
+    leaves = compose(worker, instruction, memory)
+    fit_rank(worker.edge, leaves)
+    worker.edge.load_travelling(leaves)
     llm, own = worker.llm(instruction.ticket), own_leaves(instruction, memory)
     if own is None:
         answers = generate_answers(

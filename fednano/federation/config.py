@@ -79,6 +79,9 @@ class RunConfig:
     # The adapters
     adapter: str = _setting("nano", "adapter family, by name")
     rank: int = _setting(16, "adapter rank")
+    rank_schedule: str = _setting(
+        "", "rank over the rounds: '1:4,6:8' is 4 from round 1 and 8 from round 6; empty = always 'rank'"
+    )
     activation: str = _setting("linear", "non-linearity of the NanoAdapter: 'linear' or 'gelu'")
     scale: float = _setting(1.0, "factor on the adapter's output")
     adapter_options: str = _setting(
@@ -91,6 +94,8 @@ class RunConfig:
     batch_size: int = _setting(16, "samples per step")
     optimizer: str = _setting("adam", "local optimiser: 'adam', 'adamw' or 'sgd'")
     learning_rate: float = _setting(3e-3, "local learning rate")
+    lr_schedule: str = _setting("constant", "learning rate over the rounds: 'constant', 'linear' or 'cosine'")
+    lr_final: float = _setting(0.1, "share of the learning rate that a schedule leaves in the last round")
     weight_decay: float = _setting(0.0, "local weight decay")
     proximal_mu: float = _setting(0.0, "FedProx: pull towards the round's starting adapters")
     clip_norm: float = _setting(0.0, "largest gradient norm of a step; 0 = no clipping")
@@ -131,7 +136,7 @@ class RunConfig:
     host_workers: int = _setting(2, "steps that the host computes at the same time")
     host_retry: float = _setting(60.0, "seconds that a client tries to reach a host that does not answer")
     wire_dtype: str = _setting(
-        "float32", "number format of activations on the wire: float32, bfloat16, float16"
+        "float32", "number format of activations on the wire: float32, bfloat16, float16, int8"
     )
     device: str = _setting("cpu", "device of encoder and adapters: 'cpu' or 'cuda'")
     threads: int = _setting(1, "torch threads per process; more threads can change the last bits")
@@ -142,6 +147,14 @@ class RunConfig:
     evaluate_every: int = _setting(1, "evaluate globally every so many rounds; 0 = only before and after")
     evaluate_samples: int = _setting(500, "test questions in the evaluations between rounds; 0 = all")
     final_samples: int = _setting(0, "test questions in the first and last evaluation; 0 = all")
+    evaluate_clients_every: int = _setting(
+        0,
+        "let clients judge the merged adapters on samples they hold out every so many rounds; 0 = at the end",
+    )
+    early_stop: int = _setting(0, "end after so many evaluations without a better one; 0 = never")
+    keep: str = _setting(
+        "last", "adapters to end with: 'last', or 'best' by the clients' evaluations, else by the server's"
+    )
     max_new_tokens: int = _setting(3, "longest answer, in tokens")
     baselines: bool = _setting(False, "also run local-only, centralised, and the other merging rule")
     # The run itself
@@ -169,10 +182,8 @@ class RunConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{_hyphen(name)} is {value!r}; expected one of {', '.join(allowed)}.")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction is {self.fraction}; expected a number above 0 and at most 1.")
-        if not 0 <= self.holdout < 1:
-            raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
+        self._check_shares()
+        self._check_schedules()
         parse_settings(self.adapter_options, "adapter-options")
         parse_settings(self.rule_options, "rule-options")
         parse_settings(self.codec_options, "codec-options")
@@ -180,10 +191,46 @@ class RunConfig:
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
 
+    def _check_shares(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; expected a number above 0 and at most 1.")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
+        if not 0 < self.lr_final <= 1:
+            raise ConfigError(f"lr-final is {self.lr_final}; expected a number above 0 and at most 1.")
+
+    def _check_schedules(self) -> None:
+        if self.evaluate_clients_every and not self.holdout:
+            raise ConfigError("evaluate-clients-every needs samples that clients hold out; holdout is 0.")
+        if (self.early_stop or self.keep == "best") and not (
+            self.evaluate_every or self.evaluate_clients_every
+        ):
+            raise ConfigError(
+                "early-stop and keep 'best' go by evaluations between rounds, and there are none. Set "
+                "evaluate-clients-every or evaluate-every."
+            )
+        if any(rank < 1 or start < 1 for start, rank in self.rank_steps):
+            raise ConfigError(f"rank-schedule is {self.rank_schedule!r}; expected rounds and ranks from 1.")
+
     @property
     def adapter_settings(self) -> dict[str, Scalar]:
         """``adapter_options`` as values."""
         return parse_settings(self.adapter_options, "adapter-options")
+
+    @property
+    def rank_steps(self) -> list[tuple[int, int]]:
+        """``rank_schedule`` as pairs of first round and rank.
+
+        Raises:
+            ConfigError: it is not a list of such pairs.
+        """
+        try:
+            pairs = [part.split(":") for part in self.rank_schedule.split(",") if part.strip()]
+            return [(int(start), int(rank)) for start, rank in pairs]
+        except ValueError as error:
+            raise ConfigError(
+                f"rank-schedule is {self.rank_schedule!r}; expected pairs of round and rank such as '1:4,6:8'."
+            ) from error
 
     @property
     def stream_names(self) -> list[str]:
@@ -230,6 +277,8 @@ _AT_LEAST = {
     "gather_samples": 1,
     "evaluate_samples": 0,
     "final_samples": 0,
+    "evaluate_clients_every": 0,
+    "early_stop": 0,
     "max_new_tokens": 1,
     "seed": 0,
 }
@@ -240,9 +289,11 @@ _CHOICES = {
     "activation": ("linear", "gelu"),
     "optimizer": ("adam", "adamw", "sgd"),
     "late": ("drop", "buffer"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "keep": ("last", "best"),
     "codec": ("fp32", "bf16", "fp16", "int8", "int4", "sign", "topk", "dct"),
     "placement": ("split", "local"),
-    "wire_dtype": ("float32", "bfloat16", "float16"),
+    "wire_dtype": ("float32", "bfloat16", "float16", "int8"),
 }
 
 

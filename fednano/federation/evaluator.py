@@ -12,6 +12,7 @@ from fednano.data import Sample, load_dataset
 from fednano.errors import DataError
 from fednano.evaluation import exact_match
 from fednano.federation.config import RunConfig
+from fednano.federation.schedules import fit_rank
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.answers import answer_losses, generate_answers
@@ -78,6 +79,7 @@ class Evaluator:
         The loss is always that of the samples of the evaluations between rounds, even where more are answered: one
         curve, on one set of questions.
         """
+        fit_rank(self._edge, leaves)
         self._edge.load_travelling(leaves)
         answers = generate_answers(
             self._edge,

@@ -9,7 +9,7 @@ from fednano.errors import HostUnavailable, RunError
 from fednano.federation.exchange import Delivery
 from fednano.federation.phase import MAIN_PHASE, Federation, PhaseResult, WireTotals
 
-__all__ = ["failure_of", "finish_round", "give_up", "mean_loss", "record_client", "save_round"]
+__all__ = ["failure_of", "give_up", "mean_loss", "record_client", "round_record", "save_round"]
 
 
 def failure_of(delivery: Delivery) -> str | None:
@@ -87,10 +87,10 @@ def save_round(fed: Federation, phase: str, number: int, result: PhaseResult) ->
     )
 
 
-def finish_round(
+def round_record(
     fed: Federation, phase: str, number: int, result: PhaseResult, wire: WireTotals, seconds: float
-) -> None:
-    """Show a round, judge it where one is due, and write its line."""
+) -> dict[str, object]:
+    """Show that a round is done; returns what its line in the metrics says so far."""
     record: dict[str, object] = {
         "phase": phase,
         "round": number,
@@ -101,13 +101,7 @@ def finish_round(
     if result.loss is not None:
         record["train_loss"] = result.loss
     fed.view.round_done(number, loss=result.loss, seconds=seconds, bytes=wire.planes())
-    every = fed.config.evaluate_every
-    if every and number % every == 0:
-        samples = fed.evaluator.samples(fed.config.evaluate_samples)
-        judged = fed.evaluator.judge(result.tuned, samples)
-        record |= {"accuracy": judged.accuracy, "loss": judged.loss, "samples": len(samples)}
-        fed.view.evaluation(phase, number, accuracy=judged.accuracy, loss=judged.loss, samples=len(samples))
-    fed.folder.append_metrics(record)
+    return record
 
 
 def give_up(number: int, failures: Mapping[str, str]) -> NoReturn:

@@ -13,6 +13,7 @@ from fednano.errors import ConfigError
 from fednano.federation.client_state import ClientState
 from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.messages import Instruction
+from fednano.federation.schedules import fit_rank
 from fednano.federation.uplink import codec_asked, pack_fisher, pack_update
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
@@ -27,7 +28,7 @@ ADVICE = frozenset(
     {
         *("fisher", "proximal_mu", "control_variates", "optimiser", "initial_loss", "frozen", "personal"),
         *("personal_adapter", "mix_samples", "mix_strength"),
-        *("codec", "codec_options"),
+        *("codec", "codec_options", "learning_rate"),
     }
 )
 """What this client can do for a merge rule, beyond plain training."""
@@ -79,7 +80,7 @@ def train_settings(
         samples=samples or config.samples,
         batch_size=config.batch_size,
         optimizer=str(asked.get("optimiser", config.optimizer)),
-        learning_rate=config.learning_rate,
+        learning_rate=float(asked.get("learning_rate", config.learning_rate)),
         weight_decay=config.weight_decay,
         proximal_mu=float(asked.get("proximal_mu", config.proximal_mu)),
         clip_norm=config.clip_norm,
@@ -132,6 +133,7 @@ def contribute(
     keeps = keeps or (codec is not None and codec.feedback)
     memory = state.load(instruction.accepted) if keeps else {}
     begin = compose(places, instruction, memory)
+    fit_rank(edge, begin)
     edge.load_travelling(begin)
     started = edge.travelling()
     torch.manual_seed(stream_seed(config.seed, "train", number, client))
@@ -165,6 +167,8 @@ def contribute(
         fisher = empirical_fisher(edge, llm, data, chosen, batch_size=config.batch_size)
     going = {name: leaf for name, leaf in trained.items() if name not in frozen | personal}
     seen, carry = going, _taken(memory, _CARRY)
+    # What was lost at another rank belongs nowhere.
+    carry = {k: v for k, v in carry.items() if k in trained and v.shape == trained[k].shape}
     if fisher is not None:
         fisher = {name: fisher[name] for name in going}
     if codec is not None:

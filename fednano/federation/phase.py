@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -13,6 +14,7 @@ from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Delivery, Stop
 from fednano.federation.messages import HostTicket
+from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder, RunView
 
 __all__ = ["MAIN_PHASE", "Federation", "Leaves", "PhaseResult", "WireTotals"]
@@ -86,6 +88,7 @@ class Federation:
         simulated: whether the clients hold parts of one data set, instead of data of their own.
         basis: fingerprint of the adapters' basis, where one was shipped.
         edge: fingerprint of the edge weights that every update must be trained on; empty = not checked.
+        nano: the server's NanoEdge, which a rank schedule resizes.
         seeded: the leaves that every client makes from the seed by itself, and that need not travel to it.
     """
 
@@ -102,6 +105,7 @@ class Federation:
     basis: str = ""
     edge: str = ""
     seeded: Mapping[str, Tensor] = field(default_factory=dict)
+    nano: NanoEdge | None = None
 
 
 @dataclass
@@ -125,6 +129,22 @@ class PhaseResult:
     memory: Leaves = field(default_factory=dict)
     beside: Leaves = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_checkpoint(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> PhaseResult:
+        """What a round's checkpoint holds; call :meth:`remember` with its memory before going on."""
+
+        def taken(prefix: str) -> Leaves:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        return cls(
+            taken("leaf."),
+            wire=WireTotals(**state["wire"]),
+            loss=state["loss"],
+            rounds=state["round"],
+            memory=taken("memory."),
+            accepted=dict(state.get("accepted", {})),
+        )
 
     @property
     def tuned(self) -> Leaves:

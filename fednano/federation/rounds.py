@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fednano.aggregation import Rule, Spec, State
 from fednano.errors import RunError, UpdateRefused
 from fednano.federation.alone import run_pooled, run_separate
 from fednano.federation.asking import ask, instruct, needed_clients, sample_clients, take_in
+from fednano.federation.config import RunConfig
 from fednano.federation.exchange import Outstanding
 from fednano.federation.ledger import (
     failure_of,
-    finish_round,
     give_up,
     mean_loss,
     record_client,
+    round_record,
     save_round,
 )
 from fednano.federation.phase import MAIN_PHASE, Federation, Leaves, PhaseResult, WireTotals
+from fednano.federation.schedules import at_rank, rank_at
+from fednano.federation.specification import spec_of
+from fednano.federation.watching import Watch, judge_round
 
 __all__ = [
     "MAIN_PHASE",
@@ -64,29 +68,67 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
     """
     result, first, barren, config = start, start.rounds + 1, 0, fed.config
     result.remember(rule, fed.spec, result.memory)
+    watch = Watch.load(fed.folder, start.rounds) if phase == MAIN_PHASE and _watched(config) else None
+    if watch is not None and watch.seen < start.rounds:  # killed between its checkpoint and its judgement
+        record: dict[str, object] = {"phase": phase, "round": start.rounds, "scope": "global"}
+        judge_round(fed, phase, start.rounds, result, record, rule=rule, watch=watch)
     outstanding = Outstanding()
     origins: dict[int, Leaves] = {}
     for number in range(first, config.rounds + 1):
+        if watch is not None and config.early_stop and watch.stale >= config.early_stop:
+            _say(
+                fed,
+                f"no better round for {watch.stale} judgements: stopped after round {result.rounds}.",
+                "info",
+            )
+            break
+        fed = _at_scheduled_rank(fed, result, number)
         origins = {asked: leaves for asked, leaves in origins.items() if outstanding.holds(asked)}
         origins[number] = result.leaves
         began, wire = time.monotonic(), WireTotals()
         done = _one_round(fed, phase, rule, number, result, wire, outstanding, origins)
         kept = _settle(rule, fed.spec, done, result, config.min_replies)
         if kept:
-            text = f"round {number}: {kept}; the adapters stay as they were."
-            fed.view.message(text, "warning")
-            fed.folder.append_event("warning", f"{phase}, {text}")
+            _say(fed, f"{phase}, round {number}: {kept}; the adapters stay as they were.", "warning")
         barren = 0 if done.merged else barren + 1
         result.loss = mean_loss(done.losses)
         result.rounds = number
         result.wire.add(wire)
         save_round(fed, phase, number, result)
-        finish_round(fed, phase, number, result, wire, time.monotonic() - began)
+        record = round_record(fed, phase, number, result, wire, time.monotonic() - began)
+        judge_round(fed, phase, number, result, record, rule=rule, watch=watch)
         reasons = done.failures.values()
         unreachable = bool(reasons) and all(text.startswith("HostUnavailable") for text in reasons)
         if reasons and not done.merged and (barren >= 2 or number == first or unreachable):
             give_up(number, done.failures)
+    if watch is not None and config.keep == "best" and watch.best_round not in (0, result.rounds):
+        saved = fed.folder.load_checkpoint(watch.best_round)
+        best = PhaseResult.of_checkpoint(saved.tensors, saved.state)
+        result.leaves = best.leaves
+        result.remember(rule, fed.spec, best.memory)
+        _say(fed, f"kept the adapters of round {watch.best_round}, the best of {result.rounds}.", "info")
     return result
+
+
+def _watched(config: RunConfig) -> bool:
+    return bool(config.early_stop) or config.keep == "best"
+
+
+def _say(fed: Federation, text: str, level: str) -> None:
+    fed.view.message(text, level)
+    fed.folder.append_event(level, text)
+
+
+def _at_scheduled_rank(fed: Federation, result: PhaseResult, number: int) -> Federation:
+    """Bring the adapters to the rank that a round wants; returns the federation that expects it of updates."""
+    if not fed.config.rank_steps or fed.nano is None:
+        return fed
+    spec = spec_of(fed.nano, fed.config, result.leaves)
+    rank = rank_at(fed.config, number)
+    if any(spec.rank(site) != rank for site in spec.products) or not spec.products:
+        result.leaves = at_rank(fed.nano, spec, result.leaves, rank)
+        spec = spec_of(fed.nano, fed.config, result.leaves)
+    return replace(fed, spec=spec)
 
 
 def _settle(rule: Rule, spec: Spec, done: _Merge, result: PhaseResult, least: int) -> str:

@@ -48,8 +48,8 @@ def check_schedules(rule: Rule, config: RunConfig) -> None:
     if kept or isinstance(rule, ServerOptimiser):
         what = "moments" if isinstance(rule, ServerOptimiser) else ", ".join(sorted(kept))
         raise ConfigError(
-            f"rule {rule.name!r} carries tensors of the adapters' rank from round to round ({what}), so the rank cannot "
-            "change. Leave rank-schedule empty, or choose a rule such as 'flexlora'."
+            f"rule {rule.name!r} carries tensors of the adapters' rank from round to round ({what}), so the rank "
+            "cannot change. Leave rank-schedule empty, or choose a rule such as 'flexlora'."
         )
 
 
@@ -68,8 +68,9 @@ def at_rank(edge: NanoEdge, spec: Spec, leaves: Mapping[str, Tensor], rank: int)
         ConfigError: the adapter has no rank that can change, or the new one does not fit.
     """
     smaller = {site: rank for site in spec.products if rank < spec.rank(site)}
-    fit_rank(edge, leaves)
-    edge.load_travelling(served(dict(leaves), spec, smaller, None, "rank-schedule") if smaller else leaves)
+    begin = served(dict(leaves), spec, smaller, None, "rank-schedule") if smaller else leaves
+    fit_rank(edge, begin)
+    edge.load_travelling(begin)
     if not smaller:
         for stream in edge.layers:
             edge.layer(stream).resize(rank)
@@ -87,7 +88,7 @@ def fit_rank(edge: NanoEdge, leaves: Mapping[str, Tensor]) -> None:
             got = leaves.get(f"{stream}.{name}")
             if got is None or got.ndim != len(leaf.shape) or tuple(got.shape) == leaf.shape:
                 continue
-            present = getattr(layer.adapter, layer.adapter.size_option, None)
+            present = getattr(layer.adapter, getattr(layer.adapter, "size_option", "rank"), None)
             for have, want in zip(leaf.shape, got.shape, strict=True):
                 if have != want and have == present:
                     layer.resize(int(want))

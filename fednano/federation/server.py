@@ -18,10 +18,8 @@ from typing import TypeVar
 
 from flwr.serverapp import Grid
 
-from fednano.adapters import LoRA, NanoAdapter
-from fednano.aggregation import LeafSpec, Product, Rule, Spec
+from fednano.aggregation import Rule
 from fednano.errors import FednanoError, Interrupted, RunError
-from fednano.federation.asking import instruct
 from fednano.federation.baselines import BaselineResult, build_rule, check_rule, run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
@@ -33,6 +31,8 @@ from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import build_edge, connect, gathers, use_threads
 from fednano.federation.outcome import write_outcome
 from fednano.federation.rounds import MAIN_PHASE, Federation, Leaves, PhaseResult, run_rounds
+from fednano.federation.specification import spec_of
+from fednano.federation.watching import judge_on_clients, mean_accuracy
 from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder, RunInfo, RunView, make_view
 
@@ -172,6 +172,7 @@ def _run(
         basis=edge.basis_fingerprint() if gathers(config) else "",
         edge=edge.edge.fingerprint,
         seeded=start,
+        nano=edge,
     )
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
@@ -194,35 +195,6 @@ def _run(
         phase_seconds=seconds,
         baselines=baselines,
         wall_seconds=time.monotonic() - began,
-    )
-
-
-def algebra_of(edge: NanoEdge) -> str:
-    """The algebra of the adapters: what a merge rule may assume of them."""
-    return edge.layer(next(iter(edge.layers))).adapter.algebra.value
-
-
-def spec_of(edge: NanoEdge, config: RunConfig) -> Spec:
-    """What every update of this run must look like."""
-    leaves = {name: LeafSpec(tuple(leaf.shape), leaf.dtype) for name, leaf in edge.travelling().items()}
-    products = {}
-    for stream in edge.layers:
-        adapter = edge.layer(stream).adapter
-        a, b = f"{stream}.A", f"{stream}.B"
-        if {a, b} <= set(leaves) and isinstance(adapter, NanoAdapter):
-            products[stream] = Product(left=a, right=b, scale=adapter.scale, down="left")
-        elif {a, b} <= set(leaves) and isinstance(adapter, LoRA):
-            products[stream] = Product(left=b, right=a, scale=adapter.scale, down="right")
-    return Spec(
-        leaves=leaves,
-        algebra=algebra_of(edge),
-        products=products,
-        spec=edge.spec(),
-        basis=edge.basis_fingerprint(),
-        max_clients=max(2048, config.clients),
-        max_abs=config.max_abs,
-        max_weight=float(max(65536, config.samples * config.clients)),
-        max_norm=config.max_norm or None,
     )
 
 
@@ -317,47 +289,14 @@ def _judge_clients(fed: Federation, rule: Rule, result: PhaseResult) -> dict[str
     if fed.config.holdout == 0:
         return {}
     began = time.monotonic()
-    asked = {
-        name: (fed.nodes[name], instruction.to_records())
-        for name, instruction in instruct(
-            fed, MAIN_PHASE, rule, result.rounds, result, list(fed.nodes)
-        ).items()
-    }
-    scores: list[tuple[float, int]] = []
-    deliveries = exchange(
-        fed.grid,
-        asked,
-        message_type="evaluate",
-        group="evaluate",
-        timeout=fed.config.round_timeout,
-        stop=fed.stop,
-    )
-    for delivery in sorted(deliveries, key=lambda delivery: delivery.client):
-        reply = delivery.reply
-        record: dict[str, object] = {
-            "phase": MAIN_PHASE,
-            "round": fed.config.rounds,
-            "scope": "client",
-            "final": True,
-            "client": delivery.client,
-        }
-        if reply.failure is not None:
-            fed.view.message(f"{delivery.client} could not evaluate: {reply.failure.message}", "warning")
-            fed.folder.append_event(
-                "warning", f"{delivery.client} could not evaluate: {reply.failure.message}"
-            )
-            continue
-        record |= {"accuracy": reply.metrics["accuracy"], "samples": int(reply.metrics["samples"])}
-        scores.append((reply.metrics["accuracy"], int(reply.metrics["samples"])))
-        fed.folder.append_metrics(record)
+    scores = judge_on_clients(fed, MAIN_PHASE, rule, result.rounds, result, final=True)
     if not scores or not {"personal", "personal_adapter"} & set(rule.client_config(result.rounds)):
         return {}
-    mean = sum(accuracy * count for accuracy, count in scores) / sum(count for _, count in scores)
     note = f"{len(scores)} clients, each with its own adapter on its own held-out samples"
     lowest, highest = min(scores)[0], max(scores)[0]
     return {
         "personalised": BaselineResult(
-            mean, None, result.rounds, time.monotonic() - began, note, (lowest, highest)
+            mean_accuracy(scores), None, result.rounds, time.monotonic() - began, note, (lowest, highest)
         )
     }
 
@@ -367,22 +306,12 @@ def _checkpoint(folder: RunFolder, start: Leaves) -> PhaseResult:
     if not folder.checkpoints():
         return PhaseResult(start)
     saved = folder.load_checkpoint()
-    leaves = {n.removeprefix("leaf."): t for n, t in saved.tensors.items() if n.startswith("leaf.")}
-    memory = {n.removeprefix("memory."): t for n, t in saved.tensors.items() if n.startswith("memory.")}
-    if set(leaves) != set(start):
+    result = PhaseResult.of_checkpoint(saved.tensors, saved.state)
+    if set(result.leaves) != set(start):
         raise RunError(
-            f"the checkpoint of round {saved.round} holds the leaves {sorted(leaves)}, this adapter has "
+            f"the checkpoint of round {saved.round} holds the leaves {sorted(result.leaves)}, this adapter has "
             f"{sorted(start)}. Resume with the settings the run was started with."
         )
-    result = PhaseResult(
-        leaves,
-        rounds=saved.round,
-        memory=memory,
-        loss=saved.state["loss"],
-        accepted=dict(saved.state.get("accepted", {})),
-    )
-    for name, value in saved.state["wire"].items():
-        setattr(result.wire, name, value)
     return result
 
 

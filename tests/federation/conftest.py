@@ -21,8 +21,8 @@ from fednano.federation.inprocess import InProcessGrid
 from fednano.federation.messages import HostTicket
 from fednano.federation.model import build_edge, client_name
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
-from fednano.federation.server import spec_of
 from fednano.federation.simulation import simulate
+from fednano.federation.specification import spec_of
 from fednano.runs import RunFolder, make_view
 
 
@@ -103,6 +103,7 @@ class Laboratory:
             simulated=True,
             edge=self.edge.edge.fingerprint,
             seeded=self.start,
+            nano=self.edge,
         )
 
     def rounds(
