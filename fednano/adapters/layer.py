@@ -182,6 +182,14 @@ class AdapterLayer(nn.Module):
             return out
         return self.functional(dict(self.theta.items()), x)
 
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the layer adds to ``x`` ``(N, d_in)`` at a bridge or linear site as ``z @ up``: ``(N, r)`` and
+        ``(r, d_out)``; ``None`` where it has no such form, or drops inputs at random."""
+        drops = self.training and getattr(self.adapter, "dropout", 0) > 0
+        if self.merged or self.adapter.replaces_base or drops:
+            return None
+        return self.adapter.low_rank(self.site, x, dict(self.theta.items()), self._tables())
+
     def delta(self) -> Tensor:
         """The change ``(d_out, d_in)`` in the leaves' dtype.
 

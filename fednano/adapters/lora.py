@@ -89,6 +89,10 @@ class LoRA(Scaled):
         """``s B (A x)``."""
         return self.scale * sites.low_rank(site, x, theta["A"], theta["B"])
 
+    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
+        """``A x`` and ``s B``."""
+        return x @ theta["A"].T, self.scale * theta["B"].T
+
 
 @register("ffa")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,3 +154,8 @@ class FFA(Scaled):
         """``s B (A x)``."""
         both = {**theta, **basis}
         return self.scale * sites.low_rank(site, x, both["A"], both["B"])
+
+    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
+        """``A x`` and ``s B``."""
+        both = {**theta, **basis}
+        return x @ both["A"].T, self.scale * both["B"].T

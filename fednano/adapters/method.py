@@ -200,6 +200,10 @@ class Method(abc.ABC):
         """What the change adds to the output; here through the dense delta."""
         return sites.apply(site, x, self.delta(site, theta, basis, weight))
 
+    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor] | None:
+        """None: the change has no low-rank form."""
+        return None
+
     def forward(
         self,
         site: Site,

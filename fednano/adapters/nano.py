@@ -82,3 +82,8 @@ class NanoAdapter(Method):
         """``s * act(x A) B`` for ``x`` ``(..., d_in)``."""
         z = x @ theta["A"]
         return self.scale * ((F.gelu(z) if self.act == "gelu" else z) @ theta["B"])
+
+    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
+        """``act(x A)`` and ``s B``."""
+        z = x @ theta["A"]
+        return F.gelu(z) if self.act == "gelu" else z, self.scale * theta["B"]

@@ -268,6 +268,13 @@ class Adapter(Protocol):
         embedding: ids)."""
         ...
 
+    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor] | None:
+        """``path(x)`` at a linear or bridge site as ``z @ up``, ``z`` ``(..., r)`` and ``up`` ``(r, d_out)``.
+
+        None for a change that has no such form.
+        """
+        ...
+
     def forward(
         self,
         site: Site,

@@ -57,6 +57,11 @@ class _Middle(Scaled):
         """``s B M (A x)``."""
         return self.scale * sites.low_rank(site, x, basis["A"], basis["B"], self.middle(theta, basis))
 
+    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
+        """``M A x`` and ``s B``."""
+        m, down = self.middle(theta, basis), x @ basis["A"].T
+        return down * m if m.dim() == 1 else down @ m.T, self.scale * basis["B"].T
+
 
 @register("lora-xs")
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,17 +17,29 @@ import grpc
 
 from fednano.errors import ConfigError, HostError, HostRefused, HostUnavailable
 from fednano.host.exchange import Exchange
-from fednano.host.names import REASON_KEY
+from fednano.host.names import MISSING_KEY, REASON_KEY
 from fednano.host.security import bearer, is_loopback
 from fednano.host.wire import Meter
 
-__all__ = ["ClientTLS", "HostChannel", "Retry"]
+__all__ = ["ClientTLS", "HostChannel", "Retry", "SamplesMissing"]
 
 T = TypeVar("T")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _Code = grpc.StatusCode
 _CERTIFICATE_WORDS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "Hostname Verification")
+
+
+class SamplesMissing(HostRefused):
+    """The host does not keep some samples of a factored step (any more).
+
+    Attributes:
+        indexes: which of the step's samples.
+    """
+
+    def __init__(self, text: str, indexes: list[int]) -> None:
+        super().__init__(text)
+        self.indexes = indexes
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,8 @@ class HostChannel:
         at = f"the language host at {self.address}"
         failure: HostError | None = None
         match code:
+            case _Code.FAILED_PRECONDITION if MISSING_KEY in metadata:
+                failure = SamplesMissing(text, [int(i) for i in str(metadata[MISSING_KEY]).split(",")])
             case _Code.INVALID_ARGUMENT | _Code.FAILED_PRECONDITION if ours:
                 failure = HostRefused(text)
             case _Code.UNAUTHENTICATED | _Code.PERMISSION_DENIED:

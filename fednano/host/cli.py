@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         help="most tokens of a batch of several clients' steps; 0: each alone, and then the bits of a reply depend on "
         "its request alone (8192 on a GPU, 0 on a CPU)",
     )
+    add(
+        "--keep-bytes",
+        type=int,
+        default=2 << 30,
+        help="memory for samples of the factored exchange (%(default)s)",
+    )
+    add("--keep-disk-bytes", type=int, default=0, help="temporary files for more of them (%(default)s)")
     add("--tls-cert", type=Path, metavar="PEM", help="certificate chain of this host")
     add("--tls-key", type=Path, metavar="PEM", help="its private key")
     add("--client-ca", type=Path, metavar="PEM", help="admit only clients with a certificate signed by these")
@@ -137,6 +144,7 @@ async def _serve(
     limits: HostLimits,
     stop: _StopSwitch,
 ) -> None:
+    from fednano.host.kept import KeptSamples
     from fednano.host.server import HostServer
     from fednano.models.language import LocalLLM
 
@@ -148,6 +156,7 @@ async def _serve(
         workers=options.workers,
         threads=options.threads,
         batch_tokens=_batch_tokens(options),
+        kept=KeptSamples(options.keep_bytes, options.keep_disk_bytes),
     )
     address = await server.start()
     ended = stop.attach(asyncio.get_running_loop())

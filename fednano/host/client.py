@@ -17,11 +17,14 @@ from torch import Tensor
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.host.channel import ClientTLS, HostChannel, Retry
+from fednano.host.factored_client import FactoredExchange
+from fednano.host.factored_codec import kept_dtype
 from fednano.host.limits import HostInfo
 from fednano.host.names import CHUNK_BYTES
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.requests import Requests, host_info, split_batch
 from fednano.host.wire import Meter, Wire
+from fednano.models.factored import FactoredBatch
 from fednano.models.language import TokenEmbedding
 from fednano.models.language_inputs import check_inputs
 from fednano.models.step import step_loss
@@ -46,6 +49,8 @@ class RemoteLLM:
         retry_seconds: how long a request is repeated while the host is busy or away, from its first failure on.
         wire_dtype: type of embeddings and gradients on the wire: float32, bfloat16, float16, or int8 with a scale per
             token; ``None`` takes that of the embeddings (float32 for float64). A narrower type rounds both.
+        factored: let the training loop use the factored exchange where the adapters allow it, see
+            `fednano.models.factored`.
         chunk_bytes: size of the pieces in which tensors are sent.
 
     Raises:
@@ -64,8 +69,11 @@ class RemoteLLM:
         timeout_s: float = 120.0,
         retry_seconds: float = 60.0,
         wire_dtype: torch.dtype | None = None,
+        factored: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
+        if factored and wire_dtype is not None:
+            kept_dtype(wire_dtype)  # raises for a type that the exchange does not have
         if wire_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.int8):
             raise ConfigError(
                 f"wire_dtype: got {wire_dtype}, expected float32, bfloat16, float16, int8 or None"
@@ -86,8 +94,11 @@ class RemoteLLM:
             "timeout_s": timeout_s,
             "retry_seconds": retry_seconds,
             "wire_dtype": wire_dtype,
+            "factored": factored,
             "chunk_bytes": chunk_bytes,
         }
+        self.wants_factored = factored
+        self._factored: FactoredExchange | None = None
         self._wire_dtype, self._chunk_bytes = wire_dtype, chunk_bytes
         self._meter = Meter()
         self._channel = HostChannel(
@@ -190,6 +201,33 @@ class RemoteLLM:
             return losses, gradient
 
         return step_loss(embeds, step)
+
+    def factored_loss(self, batch: FactoredBatch, objective: str = "cross_entropy") -> Tensor:
+        """Loss of each sample by the factored exchange, differentiable once in each stream's z and up.
+
+        A batch beyond the host's limits on one request takes the full exchange instead.
+
+        Args:
+            batch: B samples.
+            objective: name of the token loss.
+
+        Returns:
+            ``(B,)`` float32 on the device of the batch.
+
+        Raises:
+            HostError, ConfigError: as `loss`.
+        """
+        info, dtype = self.describe(), self._dtype(batch.raw)
+        lengths = batch.mask.sum(1).tolist()
+        if len(split_batch(lengths, info, torch.float32)) > 1:
+            return self.loss(batch.embeds(), batch.mask, batch.labels, objective)
+        if objective not in info.objectives:
+            raise ConfigError(f"unknown objective {objective!r}: the host knows {', '.join(info.objectives)}")
+        _check(info, batch.raw, batch.mask, batch.labels)
+        with self._info_lock:
+            if self._factored is None:
+                self._factored = FactoredExchange(self._channel, info, dtype, self._chunk_bytes)
+        return self._factored.loss(batch, objective)
 
     def generate(
         self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None

@@ -32,6 +32,7 @@ __all__ = [
     "pad",
     "raw",
     "row_bytes",
+    "wire_code",
     "wire_dtype",
 ]
 
@@ -58,6 +59,11 @@ def wire_dtype(code: pb.DType) -> torch.dtype:
     if code not in _DTYPES:
         raise HostRefused(f"dtype: got wire code {code}, expected FLOAT32, BFLOAT16, FLOAT16 or INT8")
     return _DTYPES[code]
+
+
+def wire_code(dtype: torch.dtype) -> pb.DType:
+    """The wire code of a torch dtype."""
+    return _CODES[dtype]
 
 
 def row_bytes(dtype: torch.dtype, width: int) -> int:

@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fednano.errors import ConfigError
+from fednano.host.kept import KeptSamples
 from fednano.host.limits import HostLimits
 from fednano.host.names import CHUNK_BYTES
 from fednano.host.pool import ComputePool
@@ -49,6 +50,7 @@ class HostServer:
         workers: computations at one time.
         threads: torch threads of each; ``None`` leaves torch's setting alone.
         chunk_bytes: size of the chunks of a reply, at most 4 MiB less a few bytes.
+        kept: keeps the samples of the factored exchange; closed with the server. ``None`` makes one of default size.
         batch_tokens: most tokens of a batch of several clients' steps; 0 computes each request alone, see
             `fednano.host.batching.StepBatcher`.
 
@@ -67,6 +69,7 @@ class HostServer:
         threads: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         batch_tokens: int = 0,
+        kept: KeptSamples | None = None,
     ) -> None:
         self._listen, self._security, self._limits = (
             listen,
@@ -81,6 +84,7 @@ class HostServer:
         self._credentials = self._security.credentials(listen)
         self.stats = Stats()
         self._pool = ComputePool(self._limits, self.stats, workers=workers, threads=threads)
+        self._kept = kept if kept is not None else KeptSamples()
         self._service = LanguageHost(
             llm,
             self._pool,
@@ -89,6 +93,7 @@ class HostServer:
             verifier=self._security.verifier,
             chunk_bytes=chunk_bytes,
             batch_tokens=batch_tokens,
+            kept=self._kept,
         )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -135,6 +140,7 @@ class HostServer:
             await self._server.stop(grace)
             self._server = None
         await self._pool.close()
+        self._kept.close()
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ def serve(
     threads: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     batch_tokens: int = 0,
+    kept: KeptSamples | None = None,
     grace: float = 10.0,
 ) -> Iterator[RunningHost]:
     """Run a host on a thread for the length of a ``with`` block. Arguments and errors as for `HostServer`.
@@ -180,6 +187,7 @@ def serve(
         threads=threads,
         chunk_bytes=chunk_bytes,
         batch_tokens=batch_tokens,
+        kept=kept,
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="language-host-loop")

@@ -1,45 +1,28 @@
-"""The gRPC service: receives requests, checks them, has them computed, and answers in chunks.
-
-Whatever goes wrong in one call ends that call with a status and a trailing ``fednano-reason``; no other call
-notices.
-
-=====================  ====================  =========================================================
-status                 reason                when
-=====================  ====================  =========================================================
-INVALID_ARGUMENT       ``invalid``           shape, dtype, limits, ids, non-finite numbers, framing
-FAILED_PRECONDITION    ``model``             the client expects another model
-UNAUTHENTICATED        ``auth``              the token is missing or refused
-RESOURCE_EXHAUSTED     ``busy``              no place, or out of memory: try again later
-DEADLINE_EXCEEDED      ``idle``              the client stopped sending
-INTERNAL               ``internal``          a fault of the host, written to its log
-=====================  ====================  =========================================================
-"""
+"""The gRPC service: receives requests, checks them, has them computed, and answers in chunks."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
-
-import grpc
-import torch
+from collections.abc import Sequence
+from typing import Any
 
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
 from fednano.host.batching import StepBatcher
+from fednano.host.calls import Calls, Context, OtherModelError, SamplesNotKeptError, Trace
 from fednano.host.compute import begin_generation
+from fednano.host.factored_codec import parts_bytes
+from fednano.host.factored_compute import compute_factored, stream_counts, unpack_kept
+from fednano.host.kept import KeptSample, KeptSamples
 from fednano.host.limits import HostLimits
-from fednano.host.names import CHUNK_BYTES, LABEL_BYTES, REASON_KEY
-from fednano.host.pool import BusyError, ComputePool
+from fednano.host.names import CHUNK_BYTES, LABEL_BYTES
+from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
-from fednano.host.security import TokenRefusedError, TokenVerifier, parse_bearer
+from fednano.host.security import TokenVerifier
 from fednano.host.stats import Stats
 from fednano.models.language import LocalLLM
 
@@ -47,11 +30,8 @@ __all__ = ["LanguageHost"]
 
 log = logging.getLogger(__name__)
 
-_LEAVE_SECONDS = 0.05
-_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-
-class LanguageHost(pb_grpc.LanguageHostServicer):
+class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
     """The service over one `LocalLLM`.
 
     Args:
@@ -62,6 +42,7 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         verifier: checks tokens; ``None`` admits everybody.
         chunk_bytes: size of the chunks of a reply.
         batch_tokens: see `fednano.host.batching.StepBatcher`.
+        kept: keeps the samples of the factored exchange.
     """
 
     def __init__(
@@ -74,12 +55,14 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
         verifier: TokenVerifier | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         batch_tokens: int = 0,
+        kept: KeptSamples | None = None,
     ) -> None:
         self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens)
-        self._llm, self._pool, self._limits, self._stats = llm, pool, limits, stats
-        self._verifier, self._chunk_bytes = verifier, chunk_bytes
+        Calls.__init__(self, limits, stats, verifier)
+        self._llm, self._pool, self._chunk_bytes = llm, pool, chunk_bytes
+        self._kept = kept if kept is not None else KeptSamples()
 
-    async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeReply:  # noqa: N802
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:  # noqa: N802
         """What the host serves and what it accepts."""
         from fednano.training.objectives import objective_names
 
@@ -104,13 +87,13 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
             )
         raise AssertionError("unreachable")
 
-    async def Stats(self, request: pb.StatsRequest, context: _Context) -> pb.StatsReply:  # noqa: N802
+    async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:  # noqa: N802
         """Counters since the host started."""
         async with self._call(context, "stats"):
-            return pb.StatsReply(counters=self._stats.snapshot())
+            return pb.StatsReply(counters={**self._stats.snapshot(), **self._kept.counters()})
         raise AssertionError("unreachable")
 
-    async def Step(self, request: Any, context: _Context) -> None:  # noqa: N802
+    async def Step(self, request: Any, context: Context) -> None:  # noqa: N802
         """One training step."""
         async with self._call(context, "step") as trace:
             header = await self._header(context, trace)
@@ -121,9 +104,69 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
                 await self._send(context, "step", pb.StepReply(header=reply))
                 for chunk in codec.chunks([gradient], self._chunk_bytes):
                     await self._send(context, "step", pb.StepReply(chunk=chunk))
-            self._count(trace, header)
+            self._count(trace, header.embeds.lengths)
 
-    async def Generate(self, request: Any, context: _Context) -> None:  # noqa: N802
+    async def Keep(self, request: Any, context: Context) -> None:  # noqa: N802
+        """Keep the frozen parts of samples for later steps."""
+        async with self._call(context, "keep") as trace:
+            header = await self._header(context, trace)
+            body = self._sizes(header, per_token=LABEL_BYTES + 1)
+            if len(header.keys) != len(header.embeds.lengths):
+                raise HostRefused(
+                    f"keys: got {len(header.keys)}, expected one for each of {len(header.embeds.lengths)} samples"
+                )
+            async with self._pool.admit(body):
+                buffer = await self._receive(context, "keep", body)
+                keys, samples = await self._pool.run(lambda: unpack_kept(header, buffer))
+                for index, (key, given, sample) in enumerate(zip(keys, header.keys, samples, strict=True)):
+                    if key != given:
+                        raise HostRefused(
+                            f"keys: sample {index} is called {given.hex()}, but its content is {key.hex()}; "
+                            "the two sides disagree about the exchange: give both the same version"
+                        )
+                    self._kept.put(trace.bearer, key, sample)
+                await self._send(context, "keep", pb.KeepReply())
+            self._count(trace, header.embeds.lengths)
+
+    async def FactoredStep(self, request: Any, context: Context) -> None:  # noqa: N802
+        """One training step on kept samples."""
+        async with self._call(context, "factored_step") as trace:
+            header = await self._header(context, trace)
+            samples, body = self._kept_samples(header, trace)
+            async with self._pool.admit(body):
+                buffer = await self._receive(context, "factored_step", body)
+                reply, parts = await self._pool.run(
+                    lambda: compute_factored(self._llm, header, samples, buffer)
+                )
+                await self._send(context, "factored_step", pb.StepReply(header=reply))
+                for chunk in codec.chunks(parts, self._chunk_bytes):
+                    await self._send(context, "factored_step", pb.StepReply(chunk=chunk))
+            self._count(trace, [len(sample.rows) for sample in samples])
+
+    def _kept_samples(self, header: pb.FactoredHeader, trace: Trace) -> tuple[list[KeptSample], int]:
+        """The samples that a factored step names, and the bytes of low-rank parts that must follow."""
+        self._check_model(header.fingerprint)
+        width, found = self._llm.part.hidden_size, [self._kept.get(trace.bearer, key) for key in header.keys]
+        samples = [sample for sample in found if sample is not None]
+        if len(samples) < len(found):
+            raise SamplesNotKeptError([index for index, sample in enumerate(found) if sample is None])
+        if header.weights and len(header.weights) != len(samples):
+            raise HostRefused(
+                f"weights: got {len(header.weights)}, expected none, or one for each of {len(samples)} samples"
+            )
+        if not all(math.isfinite(weight) for weight in header.weights):
+            raise HostRefused("weights: got a number that is not finite")
+        if any(not 1 <= rank <= width for rank in header.ranks) or len(header.ranks) > 255:
+            raise HostRefused(f"ranks: got {list(header.ranks)}, expected 1 to {width} for each stream")
+        counts = stream_counts(samples, len(header.ranks))
+        try:
+            body = parts_bytes(counts, list(header.ranks), width, codec.wire_dtype(header.dtype))
+        except ConfigError as error:
+            raise HostRefused(str(error)) from error
+        self._limits.check([len(sample.rows) for sample in samples], body)
+        return samples, body
+
+    async def Generate(self, request: Any, context: Context) -> None:  # noqa: N802
         """Greedy answers, one reply per token."""
         async with self._call(context, "generate") as trace:
             header = await self._header(context, trace)
@@ -142,10 +185,14 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
                         embeds = codec.decode_rows(frame.take(size), dtype, packed.hidden_size)
                     await self._pool.run(lambda e=embeds: state.advance(e))  # type: ignore[misc]
                     await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))
-            self._count(trace, header)
+            self._count(trace, header.embeds.lengths)
 
     def _sizes(
-        self, header: pb.StepHeader | pb.GenerateHeader, *, per_token: int = 0, new_tokens: int = 0
+        self,
+        header: pb.StepHeader | pb.GenerateHeader | pb.KeepHeader,
+        *,
+        per_token: int = 0,
+        new_tokens: int = 0,
     ) -> int:
         """Tensor bytes that a header announces, after all checks that need no tensor.
 
@@ -153,11 +200,7 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
             HostRefused: out of bounds.
         """
         part, packed = self._llm.part, header.embeds
-        if header.fingerprint and header.fingerprint != part.fingerprint:
-            raise _OtherModelError(
-                f"this host serves model {part.fingerprint[:12]}, the client expects {header.fingerprint[:12]}; "
-                "start both with the same model, or connect anew"
-            )
+        self._check_model(header.fingerprint)
         if packed.hidden_size != part.hidden_size:
             raise HostRefused(f"hidden_size: got {packed.hidden_size}, expected {part.hidden_size}")
         token_bytes = codec.row_bytes(codec.wire_dtype(packed.dtype), packed.hidden_size)
@@ -174,100 +217,17 @@ class LanguageHost(pb_grpc.LanguageHostServicer):
             )
         return nbytes
 
-    async def _header(self, context: _Context, trace: _Trace) -> Any:
-        message = await self._next(context, trace.call)
-        if message is None or message.WhichOneof("frame") != "header":
-            raise HostRefused(f"{trace.call}: got no header, expected it as the first message")
-        trace.request = message.header.request_id[:64]
-        return message.header
+    def _check_model(self, fingerprint: str) -> None:
+        mine = self._llm.part.fingerprint
+        if fingerprint and fingerprint != mine:
+            raise OtherModelError(
+                f"this host serves model {mine[:12]}, the client expects {fingerprint[:12]}; "
+                "start both with the same model, or connect anew"
+            )
 
-    async def _receive(self, context: _Context, call: str, nbytes: int) -> codec.Assembler:
-        """Collect ``nbytes`` of chunks."""
-        buffer = codec.Assembler(nbytes, call)
-        while not buffer.complete:
-            message = await self._next(context, call)
-            if message is None:
-                # The stream of a caller that left ends first; that it was cancelled is known a moment later.
-                await asyncio.sleep(_LEAVE_SECONDS)
-                buffer.take(0)  # says how many bytes are missing
-            elif message.WhichOneof("frame") != "chunk":
-                raise HostRefused(f"{call}: got a second header, expected chunks")
-            else:
-                buffer.add(message.chunk)
-        return buffer
-
-    async def _next(self, context: _Context, call: str) -> Any:
-        async with asyncio.timeout(self._limits.idle_seconds):
-            message = await context.read()
-        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
-            return None
-        self._stats.add(f"{call}_received_bytes", message.ByteSize())
-        return message
-
-    async def _send(self, context: _Context, call: str, message: Any) -> None:
-        async with asyncio.timeout(self._limits.idle_seconds):
-            await context.write(message)
-        self._stats.add(f"{call}_sent_bytes", message.ByteSize())
-
-    def _count(self, trace: _Trace, header: Any) -> None:
-        samples, tokens = len(header.embeds.lengths), sum(header.embeds.lengths)
+    def _count(self, trace: Trace, lengths: Sequence[int]) -> None:
+        samples, tokens = len(lengths), sum(lengths)
         self._stats.add(f"{trace.call}_done")
         self._stats.add(f"{trace.call}_samples", samples)
         self._stats.add(f"{trace.call}_tokens", tokens)
         log.debug("%s: %d samples, %d tokens, %.3f s", trace, samples, tokens, time.monotonic() - trace.began)
-
-    @asynccontextmanager
-    async def _call(self, context: _Context, call: str) -> AsyncIterator[_Trace]:
-        """Check the token, and turn whatever goes wrong into a status."""
-        self._stats.add(f"{call}_requests")
-        trace, status = _Trace(call, context.peer()), grpc.StatusCode
-        try:
-            if self._verifier is not None:
-                metadata = dict(context.invocation_metadata() or ())
-                token = parse_bearer(metadata.get("authorization"))
-                self._verifier.verify(token, method=call, peer=context.peer())
-            yield trace
-        except asyncio.CancelledError:
-            self._stats.add("cancelled")
-            raise
-        except TokenRefusedError as error:
-            await self._abort(context, trace, status.UNAUTHENTICATED, "auth", str(error))
-        except _OtherModelError as error:
-            await self._abort(context, trace, status.FAILED_PRECONDITION, "model", str(error))
-        except (HostRefused, ConfigError) as error:
-            await self._abort(context, trace, status.INVALID_ARGUMENT, "invalid", str(error))
-        except (BusyError, MemoryError, torch.OutOfMemoryError) as error:
-            await self._abort(
-                context, trace, status.RESOURCE_EXHAUSTED, "busy", str(error) or "out of memory"
-            )
-        except TimeoutError:
-            text = f"the client neither sent nor took anything for {self._limits.idle_seconds:g} s"
-            await self._abort(context, trace, status.DEADLINE_EXCEEDED, "idle", text)
-        except Exception:
-            log.exception("%s failed", trace)
-            await self._abort(context, trace, status.INTERNAL, "internal", "the host failed; see its log")
-
-    async def _abort(
-        self, context: _Context, trace: _Trace, code: grpc.StatusCode, reason: str, text: str
-    ) -> NoReturn:
-        self._stats.add(f"refused_{reason}")
-        log.info("%s refused (%s): %s", trace, reason, text)
-        await context.abort(code, text, ((REASON_KEY, reason),))
-        raise AssertionError("unreachable")
-
-
-@dataclass
-class _Trace:
-    """Names one call in the log."""
-
-    call: str
-    peer: str
-    request: str = ""
-    began: float = field(default_factory=time.monotonic)
-
-    def __str__(self) -> str:
-        return f"{self.call} {self.request!r} of {self.peer}"
-
-
-class _OtherModelError(HostRefused):
-    """The client expects another model."""

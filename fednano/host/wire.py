@@ -65,6 +65,10 @@ class Wire:
         return self.total.samples
 
 
+_KINDS = {"step": "step", "factoredstep": "step", "keep": "step", "generate": "generate"}
+"""What a call counts as. Keeping a sample is part of what its steps cost."""
+
+
 class Meter:
     """Adds up counts from several threads."""
 
@@ -73,8 +77,8 @@ class Meter:
         self._wire = Wire()
 
     def add(self, call: str, count: WireCount) -> None:
-        """Add ``count`` to a kind of call: "step", "generate"; all else counts as other."""
-        kind = call if call in ("step", "generate") else "other"
+        """Add ``count`` to a kind of call: see `_KINDS`; all else counts as other."""
+        kind = _KINDS.get(call, "other")
         with self._lock:
             self._wire = replace(self._wire, **{kind: getattr(self._wire, kind) + count})
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fednano.adapters import Adapter, AdapterLayer, Site
 from fednano.errors import ConfigError, DataError
+from fednano.models.factored import FactoredBatch, StreamFactors
 from fednano.models.prompt import Prompt, build_prompt
 
 __all__ = ["STREAMS", "Composed", "EdgePart", "NanoEdge"]
@@ -224,6 +225,25 @@ class NanoEdge(nn.Module):
                 rows = batch.raw[where]  # (N, d): an adapter sees its own positions and nothing else
                 embeds = embeds.masked_scatter(where.unsqueeze(-1), self._adapt(stream, rows))
         return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams)
+
+    def factor(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> FactoredBatch | None:
+        """The batch of `forward` as frozen rows and low-rank parts; ``None`` if an adapter has no low-rank form."""
+        batch = self.assemble(prompts, features)
+        streams = []
+        for stream in self.layers:
+            where = batch.streams[stream]
+            if not bool(where.any()):
+                continue  # an up-projection without positions has no influence
+            rows = batch.raw[where]
+            found = self.layer(stream).factors(rows)
+            if found is None:
+                return None
+            z, up = found
+            if stream in self.beside:
+                down, back = self.beside[stream]
+                z, up = torch.cat([z, rows @ down], 1), torch.cat([up, back])
+            streams.append(StreamFactors(where, z, up))
+        return FactoredBatch(batch.raw, batch.mask, batch.labels, tuple(streams))
 
     def embed_new(self, ids: Tensor) -> Tensor:
         """Embed generated tokens ``(B,)`` as training embeds answers: adapted like all text. Returns ``(B, d)``."""

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fednano.errors import ConfigError, TrainingDiverged
 from fednano.models.edge import NanoEdge
+from fednano.models.factored import FactoredModel
 from fednano.models.language import LanguageModel
+from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData, draw
 
 __all__ = ["OPTIMIZERS", "TrainOutcome", "TrainSettings", "mean_loss", "round_samples", "train_local"]
@@ -135,9 +137,9 @@ def train_local(
     total, steps = 0.0, 0
     for start in range(0, len(order), settings.batch_size):
         prompts, features = data.batch(order[start : start + settings.batch_size])
-        batch = edge(prompts, features)
-        _check_finite(batch.embeds, [], client=client, round_number=round_number, step=steps + 1)
-        losses: Tensor = llm.loss(batch.embeds, batch.mask, batch.labels, settings.objective)  # (B,)
+        adapted, ask = _adapt(edge, llm, prompts, features, settings.objective)
+        _check_finite(adapted, [], client=client, round_number=round_number, step=steps + 1)
+        losses = ask()  # (B,)
         optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         if settings.proximal_mu:
@@ -155,6 +157,24 @@ def train_local(
         total += float(losses.detach().sum())
         steps += 1
     return TrainOutcome(total / len(order), len(order), steps, time.perf_counter() - started)
+
+
+def _adapt(
+    edge: NanoEdge,
+    llm: LanguageModel,
+    prompts: Sequence[Prompt],
+    features: Sequence[Tensor | None],
+    objective: str,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What the adapters make of a batch, and how to get its losses ``(B,)``: by low-rank parts where the model's user
+    chose so and the adapters have such parts, else by whole embeddings."""
+    if isinstance(llm, FactoredModel) and llm.wants_factored:
+        parts = edge.factor(prompts, features)
+        if parts is not None and parts.streams:
+            flat = torch.cat([part.flatten() for stream in parts.streams for part in (stream.z, stream.up)])
+            return flat, lambda: llm.factored_loss(parts, objective)
+    batch = edge(prompts, features)
+    return batch.embeds, lambda: llm.loss(batch.embeds, batch.mask, batch.labels, objective)
 
 
 def round_samples(

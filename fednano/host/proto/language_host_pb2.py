@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&fednano/host/proto/language_host.proto\x12\x0f\x66\x65\x64nano.host.v1\"d\n\x06Packed\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.fednano.host.v1.DType\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\r\n\x05scale\x18\x04 \x01(\x02\"\x11\n\x0f\x44\x65scribeRequest\"\xee\x01\n\rDescribeReply\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_positions\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x14\n\x0cpad_token_id\x18\x07 \x01(\r\x12\x12\n\nobjectives\x18\x08 \x03(\t\x12\'\n\x06limits\x18\t \x01(\x0b\x32\x17.fednano.host.v1.Limits\x12\x0f\n\x07version\x18\n \x01(\t\"b\n\x06Limits\x12\x11\n\tmax_batch\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x04 \x01(\x04\"\x0e\n\x0cStatsRequest\"z\n\nStatsReply\x12;\n\x08\x63ounters\x18\x01 \x03(\x0b\x32).fednano.host.v1.StatsReply.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"V\n\x0bStepRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fednano.host.v1.StepHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x88\x01\n\nStepHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tobjective\x18\x03 \x01(\t\x12\'\n\x06\x65mbeds\x18\x04 \x01(\x0b\x32\x17.fednano.host.v1.Packed\x12\x15\n\rwant_gradient\x18\x05 \x01(\x08\"T\n\tStepReply\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fednano.host.v1.StepResultH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"G\n\nStepResult\x12\x0e\n\x06losses\x18\x01 \x03(\x02\x12)\n\x08gradient\x18\x02 \x01(\x0b\x32\x17.fednano.host.v1.Packed\"^\n\x0fGenerateRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.fednano.host.v1.GenerateHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x91\x01\n\x0eGenerateHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\'\n\x06\x65mbeds\x18\x03 \x01(\x0b\x32\x17.fednano.host.v1.Packed\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x15\n\rclient_embeds\x18\x05 \x01(\x08\"\x1f\n\rGenerateReply\x12\x0e\n\x06tokens\x18\x01 \x03(\r*P\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\x08\n\x04INT8\x10\x04\x32\xb9\x02\n\x0cLanguageHost\x12L\n\x08\x44\x65scribe\x12 .fednano.host.v1.DescribeRequest\x1a\x1e.fednano.host.v1.DescribeReply\x12\x43\n\x05Stats\x12\x1d.fednano.host.v1.StatsRequest\x1a\x1b.fednano.host.v1.StatsReply\x12\x44\n\x04Step\x12\x1c.fednano.host.v1.StepRequest\x1a\x1a.fednano.host.v1.StepReply(\x01\x30\x01\x12P\n\x08Generate\x12 .fednano.host.v1.GenerateRequest\x1a\x1e.fednano.host.v1.GenerateReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&fednano/host/proto/language_host.proto\x12\x0f\x66\x65\x64nano.host.v1\"d\n\x06Packed\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.fednano.host.v1.DType\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\r\n\x05scale\x18\x04 \x01(\x02\"\x11\n\x0f\x44\x65scribeRequest\"\xee\x01\n\rDescribeReply\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_positions\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x14\n\x0cpad_token_id\x18\x07 \x01(\r\x12\x12\n\nobjectives\x18\x08 \x03(\t\x12\'\n\x06limits\x18\t \x01(\x0b\x32\x17.fednano.host.v1.Limits\x12\x0f\n\x07version\x18\n \x01(\t\"b\n\x06Limits\x12\x11\n\tmax_batch\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x04 \x01(\x04\"\x0e\n\x0cStatsRequest\"z\n\nStatsReply\x12;\n\x08\x63ounters\x18\x01 \x03(\x0b\x32).fednano.host.v1.StatsReply.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"V\n\x0bStepRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fednano.host.v1.StepHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x88\x01\n\nStepHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tobjective\x18\x03 \x01(\t\x12\'\n\x06\x65mbeds\x18\x04 \x01(\x0b\x32\x17.fednano.host.v1.Packed\x12\x15\n\rwant_gradient\x18\x05 \x01(\x08\"T\n\tStepReply\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fednano.host.v1.StepResultH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"G\n\nStepResult\x12\x0e\n\x06losses\x18\x01 \x03(\x02\x12)\n\x08gradient\x18\x02 \x01(\x0b\x32\x17.fednano.host.v1.Packed\"V\n\x0bKeepRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.fednano.host.v1.KeepHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"l\n\nKeepHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\'\n\x06\x65mbeds\x18\x03 \x01(\x0b\x32\x17.fednano.host.v1.Packed\x12\x0c\n\x04keys\x18\x04 \x03(\x0c\"\x0b\n\tKeepReply\"^\n\x0f\x46\x61\x63toredRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.fednano.host.v1.FactoredHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\xb8\x01\n\x0e\x46\x61\x63toredHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tobjective\x18\x03 \x01(\t\x12\x0c\n\x04keys\x18\x04 \x03(\x0c\x12%\n\x05\x64type\x18\x05 \x01(\x0e\x32\x16.fednano.host.v1.DType\x12\r\n\x05ranks\x18\x06 \x03(\r\x12\x15\n\rwant_gradient\x18\x07 \x01(\x08\x12\x0f\n\x07weights\x18\x08 \x03(\x02\"^\n\x0fGenerateRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.fednano.host.v1.GenerateHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x91\x01\n\x0eGenerateHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\'\n\x06\x65mbeds\x18\x03 \x01(\x0b\x32\x17.fednano.host.v1.Packed\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x15\n\rclient_embeds\x18\x05 \x01(\x08\"\x1f\n\rGenerateReply\x12\x0e\n\x06tokens\x18\x01 \x03(\r*P\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\x08\n\x04INT8\x10\x04\x32\xd1\x03\n\x0cLanguageHost\x12L\n\x08\x44\x65scribe\x12 .fednano.host.v1.DescribeRequest\x1a\x1e.fednano.host.v1.DescribeReply\x12\x43\n\x05Stats\x12\x1d.fednano.host.v1.StatsRequest\x1a\x1b.fednano.host.v1.StatsReply\x12\x44\n\x04Step\x12\x1c.fednano.host.v1.StepRequest\x1a\x1a.fednano.host.v1.StepReply(\x01\x30\x01\x12\x44\n\x04Keep\x12\x1c.fednano.host.v1.KeepRequest\x1a\x1a.fednano.host.v1.KeepReply(\x01\x30\x01\x12P\n\x0c\x46\x61\x63toredStep\x12 .fednano.host.v1.FactoredRequest\x1a\x1a.fednano.host.v1.StepReply(\x01\x30\x01\x12P\n\x08Generate\x12 .fednano.host.v1.GenerateRequest\x1a\x1e.fednano.host.v1.GenerateReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATSREPLY_COUNTERSENTRY']._loaded_options = None
   _globals['_STATSREPLY_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1324
-  _globals['_DTYPE']._serialized_end=1404
+  _globals['_DTYPE']._serialized_start=1818
+  _globals['_DTYPE']._serialized_end=1898
   _globals['_PACKED']._serialized_start=59
   _globals['_PACKED']._serialized_end=159
   _globals['_DESCRIBEREQUEST']._serialized_start=161
@@ -57,12 +57,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPREPLY']._serialized_end=972
   _globals['_STEPRESULT']._serialized_start=974
   _globals['_STEPRESULT']._serialized_end=1045
-  _globals['_GENERATEREQUEST']._serialized_start=1047
-  _globals['_GENERATEREQUEST']._serialized_end=1141
-  _globals['_GENERATEHEADER']._serialized_start=1144
-  _globals['_GENERATEHEADER']._serialized_end=1289
-  _globals['_GENERATEREPLY']._serialized_start=1291
-  _globals['_GENERATEREPLY']._serialized_end=1322
-  _globals['_LANGUAGEHOST']._serialized_start=1407
-  _globals['_LANGUAGEHOST']._serialized_end=1720
+  _globals['_KEEPREQUEST']._serialized_start=1047
+  _globals['_KEEPREQUEST']._serialized_end=1133
+  _globals['_KEEPHEADER']._serialized_start=1135
+  _globals['_KEEPHEADER']._serialized_end=1243
+  _globals['_KEEPREPLY']._serialized_start=1245
+  _globals['_KEEPREPLY']._serialized_end=1256
+  _globals['_FACTOREDREQUEST']._serialized_start=1258
+  _globals['_FACTOREDREQUEST']._serialized_end=1352
+  _globals['_FACTOREDHEADER']._serialized_start=1355
+  _globals['_FACTOREDHEADER']._serialized_end=1539
+  _globals['_GENERATEREQUEST']._serialized_start=1541
+  _globals['_GENERATEREQUEST']._serialized_end=1635
+  _globals['_GENERATEHEADER']._serialized_start=1638
+  _globals['_GENERATEHEADER']._serialized_end=1783
+  _globals['_GENERATEREPLY']._serialized_start=1785
+  _globals['_GENERATEREPLY']._serialized_end=1816
+  _globals['_LANGUAGEHOST']._serialized_start=1901
+  _globals['_LANGUAGEHOST']._serialized_end=2366
 # @@protoc_insertion_point(module_scope)

@@ -128,6 +128,58 @@ class StepResult(_message.Message):
     gradient: Packed
     def __init__(self, losses: _Optional[_Iterable[float]] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
+class KeepRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: KeepHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[KeepHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class KeepHeader(_message.Message):
+    __slots__ = ("request_id", "fingerprint", "embeds", "keys")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EMBEDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    fingerprint: str
+    embeds: Packed
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., embeds: _Optional[_Union[Packed, _Mapping]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class KeepReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FactoredRequest(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: FactoredHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[FactoredHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class FactoredHeader(_message.Message):
+    __slots__ = ("request_id", "fingerprint", "objective", "keys", "dtype", "ranks", "want_gradient", "weights")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    WANT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    fingerprint: str
+    objective: str
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    dtype: DType
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    want_gradient: bool
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., objective: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., dtype: _Optional[_Union[DType, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("header", "chunk")
     HEADER_FIELD_NUMBER: _ClassVar[int]

@@ -50,6 +50,16 @@ class LanguageHostStub:
                 request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepRequest.SerializeToString,
                 response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
                 _registered_method=True)
+        self.Keep = channel.stream_stream(
+                '/fednano.host.v1.LanguageHost/Keep',
+                request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.KeepRequest.SerializeToString,
+                response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.KeepReply.FromString,
+                _registered_method=True)
+        self.FactoredStep = channel.stream_stream(
+                '/fednano.host.v1.LanguageHost/FactoredStep',
+                request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.FactoredRequest.SerializeToString,
+                response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
+                _registered_method=True)
         self.Generate = channel.stream_stream(
                 '/fednano.host.v1.LanguageHost/Generate',
                 request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.GenerateRequest.SerializeToString,
@@ -82,6 +92,21 @@ class LanguageHostServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Keep(self, request_iterator, context):
+        """Keep the frozen parts of samples, so that steps need only send what changes. May be sent again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FactoredStep(self, request_iterator, context):
+        """One training step on kept samples: low-rank parts up; losses and the gradients of those parts down. Has no side
+        effect. Samples that are not kept (any more) end the call with reason "missing" and their indexes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Generate(self, request_iterator, context):
         """Greedy answers. One reply per new token; with `client_embeds` the client answers each with its embeddings.
         """
@@ -105,6 +130,16 @@ def add_LanguageHostServicer_to_server(servicer, server):
             'Step': grpc.stream_stream_rpc_method_handler(
                     servicer.Step,
                     request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepRequest.FromString,
+                    response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.SerializeToString,
+            ),
+            'Keep': grpc.stream_stream_rpc_method_handler(
+                    servicer.Keep,
+                    request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.KeepRequest.FromString,
+                    response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.KeepReply.SerializeToString,
+            ),
+            'FactoredStep': grpc.stream_stream_rpc_method_handler(
+                    servicer.FactoredStep,
+                    request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.FactoredRequest.FromString,
                     response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.SerializeToString,
             ),
             'Generate': grpc.stream_stream_rpc_method_handler(
@@ -193,6 +228,60 @@ class LanguageHost:
             target,
             '/fednano.host.v1.LanguageHost/Step',
             fednano_dot_host_dot_proto_dot_language__host__pb2.StepRequest.SerializeToString,
+            fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keep(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fednano.host.v1.LanguageHost/Keep',
+            fednano_dot_host_dot_proto_dot_language__host__pb2.KeepRequest.SerializeToString,
+            fednano_dot_host_dot_proto_dot_language__host__pb2.KeepReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FactoredStep(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fednano.host.v1.LanguageHost/FactoredStep',
+            fednano_dot_host_dot_proto_dot_language__host__pb2.FactoredRequest.SerializeToString,
             fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
             options,
             channel_credentials,

@@ -1,0 +1,101 @@
+"""What a worker thread does with a factored step: kept rows plus low-rank parts, the model, low-rank gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fednano.errors import HostRefused
+from fednano.host import codec
+from fednano.host.factored_codec import decode_parts, encode_parts, sample_key
+from fednano.host.kept import KeptSample
+from fednano.host.proto import language_host_pb2 as pb
+from fednano.models.language import LocalLLM
+from fednano.models.language_inputs import IGNORE
+
+__all__ = ["compute_factored", "stream_counts", "unpack_kept"]
+
+
+def unpack_kept(header: pb.KeepHeader, buffer: codec.Assembler) -> tuple[list[bytes], list[KeptSample]]:
+    """The samples of a keep request, with the names that their bytes have.
+
+    Raises:
+        HostRefused: a number is not finite.
+    """
+    packed = header.embeds
+    dtype, width, total = codec.wire_dtype(packed.dtype), packed.hidden_size, sum(packed.lengths)
+    row = codec.row_bytes(dtype, width)
+    data = buffer.take(len(buffer))
+    rows, labels, streams = (
+        data[: total * row],
+        data[total * row : total * (row + 4)],
+        data[total * (row + 4) :],
+    )
+    keys, samples, at = [], [], 0
+    for index, length in enumerate(packed.lengths):
+        parts = (
+            rows[at * row : (at + length) * row],
+            labels[4 * at : 4 * (at + length)],
+            streams[at : at + length],
+        )
+        keys.append(sample_key(*(part.tobytes() for part in parts)))
+        tensor = codec.decode_rows(parts[0].copy(), dtype, width)
+        if not bool(tensor.isfinite().all()):
+            raise HostRefused(f"embeds: sample {index} holds NaN or infinity; expected finite numbers")
+        samples.append(
+            KeptSample(tensor, codec.decode_labels(parts[1].copy()).int(), torch.from_numpy(parts[2].copy()))
+        )
+        at += length
+    return keys, samples
+
+
+def stream_counts(samples: Sequence[KeptSample], streams: int) -> list[int]:
+    """Positions of each of ``streams`` streams in a batch."""
+    return [sum(int((sample.streams == index + 1).sum()) for sample in samples) for index in range(streams)]
+
+
+def compute_factored(
+    llm: LocalLLM, header: pb.FactoredHeader, samples: Sequence[KeptSample], buffer: codec.Assembler
+) -> tuple[pb.StepResult, list[memoryview]]:
+    """Losses and, if wanted, the gradients of each stream's z and up.
+
+    Args:
+        llm: the model.
+        header: of the request; its sizes have been checked.
+        samples: the kept samples that it names.
+        buffer: z and up of each stream.
+
+    Raises:
+        HostRefused: the numbers are not acceptable.
+        ConfigError: unknown objective.
+    """
+    ranks, width, device = list(header.ranks), llm.hidden_size, llm.device
+    dtype = codec.wire_dtype(header.dtype)
+    counts = stream_counts(samples, len(ranks))
+    z, up = decode_parts(buffer.take(len(buffer)), counts, ranks, width, dtype)
+    z, up = [part.to(device) for part in z], [part.to(device) for part in up]
+    x = pad_sequence([sample.rows.float() for sample in samples], batch_first=True).to(device)  # (B, L, d)
+    streams = pad_sequence([sample.streams for sample in samples], batch_first=True).to(device)  # (B, L)
+    labels = pad_sequence(
+        [sample.labels.long() for sample in samples], batch_first=True, padding_value=IGNORE
+    ).to(device)
+    mask = codec.pad([len(sample.rows) for sample in samples]).to(device)
+    places = [streams == index + 1 for index in range(len(ranks))]
+    for place, z_part, up_part in zip(places, z, up, strict=True):
+        x[place] += z_part @ up_part
+    losses, gradient = llm.loss_and_gradient(x, mask, labels, header.objective, header.want_gradient)
+    result = pb.StepResult(losses=losses.tolist())
+    if gradient is None:
+        return result, []
+    if header.weights:
+        gradient = gradient * torch.tensor(list(header.weights), device=device)[:, None, None]
+    z_gradients: list[Tensor] = []
+    up_gradients: list[Tensor] = []
+    for place, z_part, up_part in zip(places, z, up, strict=True):
+        rows = gradient[place].float()  # (N_i, d)
+        z_gradients.append(rows @ up_part.T)
+        up_gradients.append(z_part.T @ rows)
+    return result, encode_parts(z_gradients, up_gradients, dtype)

@@ -1,0 +1,143 @@
+"""Frozen parts of samples that a host keeps for its clients: in memory, then on disk, then not at all.
+
+A client names a sample by a hash of its content and the host computes the hash again, so nobody can put one thing under
+another's name. Each bearer of a token has a room of its own: what one client keeps, another can neither use nor ask
+about. Whatever is dropped is sent again when a step misses it, so dropping is never wrong, only slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fednano.errors import ConfigError
+
+__all__ = ["KeptSample", "KeptSamples"]
+
+
+@dataclass(frozen=True)
+class KeptSample:
+    """The frozen part of one sample of L tokens.
+
+    Attributes:
+        rows: ``(L, d)`` embeddings before the adapters.
+        labels: ``(L,)`` int32.
+        streams: ``(L,)`` uint8: 1 + the stream's index, 0 for none.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    streams: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return self.rows.nbytes + self.labels.nbytes + self.streams.nbytes
+
+
+class KeptSamples:
+    """A bounded store, least recently used first out. Safe from several threads.
+
+    Args:
+        memory_bytes: most bytes in memory.
+        disk_bytes: most bytes in a temporary folder; 0 keeps nothing on disk.
+
+    Raises:
+        ConfigError: a negative number.
+    """
+
+    def __init__(self, memory_bytes: int = 2 << 30, disk_bytes: int = 0) -> None:
+        if memory_bytes < 0 or disk_bytes < 0:
+            raise ConfigError(f"kept bytes: got {memory_bytes} and {disk_bytes}, expected 0 or more")
+        self._limits = (memory_bytes, disk_bytes)
+        self._lock = threading.Lock()
+        self._memory: OrderedDict[tuple[str, bytes], KeptSample] = OrderedDict()
+        self._disk: OrderedDict[tuple[str, bytes], int] = OrderedDict()
+        self._held = [0, 0]
+        self._folder: Path | None = None
+
+    def put(self, room: str, key: bytes, sample: KeptSample) -> None:
+        """Keep a sample, and let go of others if there is no place."""
+        with self._lock:
+            self._forget((room, key))
+            self._insert((room, key), sample)
+
+    def get(self, room: str, key: bytes) -> KeptSample | None:
+        """A kept sample, or ``None``."""
+        name = (room, key)
+        with self._lock:
+            if name in self._memory:
+                self._memory.move_to_end(name)
+                return self._memory[name]
+            if name not in self._disk:
+                return None
+            try:
+                tensors = load_file(self._file(name))
+            except OSError:
+                self._forget(name)
+                return None
+            sample = KeptSample(tensors["rows"], tensors["labels"], tensors["streams"])
+            self._forget(name)
+            self._insert(name, sample)
+            return sample
+
+    def counters(self) -> dict[str, int]:
+        """How much is kept, and where."""
+        with self._lock:
+            return {
+                "kept_samples": len(self._memory) + len(self._disk),
+                "kept_memory_bytes": self._held[0],
+                "kept_disk_bytes": self._held[1],
+            }
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._memory.clear()
+            self._disk.clear()
+            self._held = [0, 0]
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                self._folder = None
+
+    def _insert(self, name: tuple[str, bytes], sample: KeptSample) -> None:
+        self._memory[name] = sample
+        self._held[0] += sample.nbytes
+        while self._held[0] > self._limits[0] and self._memory:
+            old, dropped = self._memory.popitem(last=False)
+            self._held[0] -= dropped.nbytes
+            self._spill(old, dropped)
+
+    def _spill(self, name: tuple[str, bytes], sample: KeptSample) -> None:
+        if sample.nbytes > self._limits[1]:
+            return
+        while self._held[1] + sample.nbytes > self._limits[1]:
+            self._forget(next(iter(self._disk)))
+        tensors = {"rows": sample.rows.cpu(), "labels": sample.labels.cpu(), "streams": sample.streams.cpu()}
+        try:
+            save_file(tensors, self._file(name))
+        except OSError:
+            return  # a full disk is one more reason to drop it
+        self._disk[name] = sample.nbytes
+        self._held[1] += sample.nbytes
+
+    def _forget(self, name: tuple[str, bytes]) -> None:
+        if (kept := self._memory.pop(name, None)) is not None:
+            self._held[0] -= kept.nbytes
+        if (size := self._disk.pop(name, None)) is not None:
+            self._held[1] -= size
+            self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: tuple[str, bytes]) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="fednano-kept-"))
+        room, key = name
+        return self._folder / f"{hashlib.sha256(room.encode() + b'/' + key).hexdigest()}.safetensors"
