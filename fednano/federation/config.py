@@ -138,6 +138,15 @@ class RunConfig:
     wire_dtype: str = _setting(
         "float32", "number format of activations on the wire: float32, bfloat16, float16, int8"
     )
+    exchange: str = _setting(
+        "full",
+        "what a step carries: 'full', embeddings and their gradients; 'factored', low-rank parts of samples that the "
+        "host keeps (adapters without such parts stay with full)",
+    )
+    host_batch_tokens: int = _setting(
+        0,
+        "most tokens of a batch of several clients' steps on the run's host; 0 = each alone, same bits always",
+    )
     device: str = _setting("cpu", "device of encoder and adapters: 'cpu' or 'cuda'")
     threads: int = _setting(1, "torch threads per process; more threads can change the last bits")
     gather_samples: int = _setting(
@@ -162,6 +171,10 @@ class RunConfig:
     runs_dir: str = _setting("runs", "folder of the run folders")
     cache_dir: str = _setting("", "folder for encoder features; empty = one inside the run folder")
     resume: str = _setting("", "id or folder of a run to continue")
+    start_from: str = _setting(
+        "",
+        "id or folder of a finished run from whose adapters, and with whose tombstones, to start a new one",
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -182,6 +195,8 @@ class RunConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{_hyphen(name)} is {value!r}; expected one of {', '.join(allowed)}.")
+        if self.exchange == "factored" and self.wire_dtype == "float16":
+            raise ConfigError("the factored exchange does not travel as float16; set wire-dtype to bfloat16 or int8.")
         self._check_shares()
         self._check_schedules()
         parse_settings(self.adapter_options, "adapter-options")
@@ -275,6 +290,7 @@ _AT_LEAST = {
     "threads": 1,
     "evaluate_every": 0,
     "gather_samples": 1,
+    "host_batch_tokens": 0,
     "evaluate_samples": 0,
     "final_samples": 0,
     "evaluate_clients_every": 0,
@@ -293,6 +309,7 @@ _CHOICES = {
     "keep": ("last", "best"),
     "codec": ("fp32", "bf16", "fp16", "int8", "int4", "sign", "topk", "dct"),
     "placement": ("split", "local"),
+    "exchange": ("full", "factored"),
     "wire_dtype": ("float32", "bfloat16", "float16", "int8"),
 }
 

@@ -48,6 +48,8 @@ def open_host(config: RunConfig, view: RunView, log: Path) -> Iterator[HostTicke
         str(config.host_workers),
         "--threads",
         str(config.threads),
+        "--batch-tokens",
+        str(config.host_batch_tokens),
         "--device",
         config.device,
     ]

@@ -114,6 +114,7 @@ def connect(config: RunConfig, ticket: HostTicket) -> Iterator[LanguageModel]:
         root_certificates=ticket.root_certificates or None,
         insecure=not ticket.root_certificates,
         wire_dtype=getattr(torch, config.wire_dtype),
+        factored=config.exchange == "factored",
         retry_seconds=config.host_retry,
     ) as llm:
         if ticket.fingerprint and llm.describe().fingerprint != ticket.fingerprint:

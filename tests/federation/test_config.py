@@ -58,3 +58,9 @@ def test_whole_numbers_are_fine_floats() -> None:
 def test_bad_values_are_named(key: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_mapping({key: value})
+
+
+def test_the_factored_exchange_names_the_wire_types_it_has() -> None:
+    with pytest.raises(ConfigError, match="bfloat16 or int8"):
+        RunConfig(exchange="factored", wire_dtype="float16")
+    assert RunConfig(exchange="factored", wire_dtype="int8").exchange == "factored"
