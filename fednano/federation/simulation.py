@@ -14,7 +14,8 @@ from fednano.errors import FednanoError
 from fednano.federation.apps import client_app, make_server_app
 from fednano.federation.config import RunConfig, check_backend
 from fednano.federation.exchange import Stop
-from fednano.runs import RunView
+from fednano.federation.server import config_of
+from fednano.runs import RunFolder, RunView
 
 __all__ = ["simulate"]
 
@@ -38,6 +39,9 @@ def simulate(
         Interrupted: Ctrl-C; the run folder keeps what was done.
     """
     check_backend(backend)
+    if config.resume:  # as many clients as the run had, on machines like its own
+        before = config_of(RunFolder.open(config.resume, root=config.runs_dir))
+        config = config.changed(clients=before.clients, device=before.device, threads=before.threads)
     stop = Stop()
     with _ctrl_c(stop), _flower_log(verbose):
         if backend == "inprocess":
