@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from fednano.federation.schedules import fit_rank
 from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
+from fednano.runs.tombstones import Tombstones
 from fednano.training.answers import generate_answers
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
@@ -60,6 +61,11 @@ class _Share:
 
     data: ClientData
     held_out: list[Sample]
+    forgotten: str
+
+
+class Withdrawn(DataError):
+    """A client whose every training sample is forgotten."""
 
 
 _PASSING = frozenset(
@@ -77,7 +83,7 @@ _PASSING = frozenset(
             "lr-schedule",
             "lr-final",
         ),
-        *("rank-schedule", "early-stop", "keep", "evaluate-clients-every"),
+        *("start-from", "rank-schedule", "early-stop", "keep", "evaluate-clients-every"),
     }
 )
 """Settings that come with each request and decide nothing about what a process loads."""
@@ -99,6 +105,9 @@ class Worker:
 
     _current: Worker | None = None
     _lock = threading.Lock()
+
+    forgotten = Tombstones()
+    """What the request at hand says that its client must leave out."""
 
     def __init__(self, config: RunConfig) -> None:
         use_threads(config)
@@ -167,11 +176,19 @@ class Worker:
             self._basis = fingerprint
 
     def share(self, name: str, node: Mapping[str, Any], *, pool: bool) -> _Share:
-        """The samples that a client trains on and those it judges by."""
-        key = POOL if pool else name
-        if key not in self._shares:
+        """The samples that a client trains on and those it judges by, without the forgotten ones.
+
+        Raises:
+            Withdrawn: every sample that it could train on is forgotten.
+        """
+        key, forgotten = POOL if pool else name, self.forgotten
+        if key not in self._shares or self._shares[key].forgotten != forgotten.digest:
             train, held = self._samples(node, pool=pool)
-            self._shares[key] = _Share(ClientData(train, self.edge, self.features), held)
+            kept = forgotten.keep(train)
+            if train and not kept:
+                raise Withdrawn(f"all training samples of {name} are forgotten; it takes no part any more.")
+            data = ClientData(kept, self.edge, self.features)
+            self._shares[key] = _Share(data, forgotten.keep(held), forgotten.digest)
         return self._shares[key]
 
     def _samples(self, node: Mapping[str, Any], *, pool: bool) -> tuple[list[Sample], list[Sample]]:
@@ -220,7 +237,11 @@ def hello(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     """Introduce the client: what it has and what it runs. Loads model and data, so training can start at once."""
     name = site_name(node)
     worker = Worker.get(instruction.config)
-    share = worker.share(name, node, pool=False)
+    try:
+        share = worker.share(name, node, pool=False)
+    except Withdrawn:
+        facts = {"edge": worker.edge.edge.fingerprint, "simulated": str("data" not in node)}
+        return Reply(name, instruction.round, {"bad-rows": 0, "samples": 0, "held-out": 0}, facts)
     facts = {
         "edge": worker.edge.edge.fingerprint,
         "spec": worker.edge.spec(),
@@ -341,7 +362,9 @@ def perform(
 ) -> Reply:
     """Run a task; an error a user can understand becomes the reply instead of a crash of the client's process."""
     try:
-        return task(instruction, node)
+        Worker.forgotten = instruction.tombstones
+        reply = task(instruction, node)
+        return replace(reply, facts={**reply.facts, "tombstones": instruction.tombstones.digest})
     except FednanoError as error:
         try:
             name = site_name(node)

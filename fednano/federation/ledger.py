@@ -75,6 +75,7 @@ def save_round(fed: Federation, phase: str, number: int, result: PhaseResult) ->
         "wire": vars(result.wire),
         "loss": result.loss,
         "accepted": result.accepted,
+        "tombstones": max(0, result.epoch),
     }
     tensors = {f"leaf.{name}": leaf for name, leaf in result.leaves.items()}
     tensors |= {f"memory.{name}": leaf for name, leaf in result.memory.items()}

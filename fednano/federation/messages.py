@@ -7,6 +7,7 @@ carry bfloat16), and a header that is checked before anything is read. Everythin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fednano.errors import FednanoError, UpdateRefused
 from fednano.federation.config import RunConfig, Scalar
+from fednano.runs.tombstones import Tombstones
 
 __all__ = [
     "Failure",
@@ -27,6 +29,7 @@ __all__ = [
     "decode_tensors",
     "encode_tensors",
     "record_bytes",
+    "tombstone_record",
 ]
 
 _STYPE = "fednano.safetensors"
@@ -59,6 +62,11 @@ def record_bytes(content: RecordDict) -> int:
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
     return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+def tombstone_record(tombstones: Tombstones) -> ConfigRecord:
+    """Tombstones as a record of a message."""
+    return ConfigRecord({"tombstones": json.dumps(tombstones.to_json())})
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Instruction:
         run: id of the run, under which a client keeps its memory.
         accepted: the last round whose update of this client was merged; 0 = none.
         extra: what a merge rule sends beside the leaves: control variates, residuals.
+        tombstones: samples that the client must leave out; set on the way by `ForgettingGrid`.
     """
 
     config: RunConfig
@@ -108,6 +117,7 @@ class Instruction:
     run: str = "run"
     accepted: int = 0
     extra: dict[str, Tensor] = field(default_factory=dict)
+    tombstones: Tombstones = field(default_factory=Tombstones)
 
     def to_records(self) -> RecordDict:
         """As the content of a Flower message."""
@@ -154,7 +164,14 @@ class Instruction:
             run=task["run"],
             accepted=task["accepted"],
             extra=decode_tensors(content.array_records["extra"]) if "extra" in content.array_records else {},
+            tombstones=_tombstones(content),
         )
+
+
+def _tombstones(content: RecordDict) -> Tombstones:
+    if "tombstones" not in content.config_records:
+        return Tombstones()
+    return Tombstones.from_json(json.loads(str(content.config_records["tombstones"]["tombstones"])))
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ class PhaseResult:
         memory: what the merge rule carries from round to round.
         beside: residuals that stand beside the frozen model, as `NanoEdge.load_travelling` takes them.
         accepted: client name to the last round whose update of it was merged.
+        epoch: epoch of the tombstones (`fednano.runs.tombstones`) that it was made under; -1: nothing was trained yet.
     """
 
     leaves: Leaves
@@ -129,6 +130,7 @@ class PhaseResult:
     memory: Leaves = field(default_factory=dict)
     beside: Leaves = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
+    epoch: int = -1
 
     @classmethod
     def of_checkpoint(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> PhaseResult:
@@ -144,6 +146,7 @@ class PhaseResult:
             rounds=state["round"],
             memory=taken("memory."),
             accepted=dict(state.get("accepted", {})),
+            epoch=int(state.get("tombstones", 0)),
         )
 
     @property

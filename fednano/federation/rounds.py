@@ -13,6 +13,7 @@ from fednano.federation.alone import run_pooled, run_separate
 from fednano.federation.asking import ask, instruct, needed_clients, sample_clients, take_in
 from fednano.federation.config import RunConfig
 from fednano.federation.exchange import Outstanding
+from fednano.federation.forgetting import catch_up
 from fednano.federation.ledger import (
     failure_of,
     give_up,
@@ -68,6 +69,7 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
     """
     result, first, barren, config = start, start.rounds + 1, 0, fed.config
     result.remember(rule, fed.spec, result.memory)
+    _catch_up(fed, phase, rule, result)
     watch = Watch.load(fed.folder, start.rounds) if phase == MAIN_PHASE and _watched(config) else None
     if watch is not None and watch.seen < start.rounds:  # killed between its checkpoint and its judgement
         record: dict[str, object] = {"phase": phase, "round": start.rounds, "scope": "global"}
@@ -82,6 +84,7 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
                 "info",
             )
             break
+        _catch_up(fed, phase, rule, result)
         fed = _at_scheduled_rank(fed, result, number)
         origins = {asked: leaves for asked, leaves in origins.items() if outstanding.holds(asked)}
         origins[number] = result.leaves
@@ -100,14 +103,33 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
         reasons = done.failures.values()
         unreachable = bool(reasons) and all(text.startswith("HostUnavailable") for text in reasons)
         if reasons and not done.merged and (barren >= 2 or number == first or unreachable):
+            if _catch_up(fed, phase, rule, result):  # no wonder: samples were forgotten while they trained
+                barren = 0
+                continue
             give_up(number, done.failures)
+    _catch_up(fed, phase, rule, result)
     if watch is not None and config.keep == "best" and watch.best_round not in (0, result.rounds):
         saved = fed.folder.load_checkpoint(watch.best_round)
         best = PhaseResult.of_checkpoint(saved.tensors, saved.state)
+        if best.epoch != result.epoch:
+            _say(
+                fed, f"round {watch.best_round} was the best, but it knew samples that are forgotten.", "info"
+            )
+            return result
         result.leaves = best.leaves
         result.remember(rule, fed.spec, best.memory)
         _say(fed, f"kept the adapters of round {watch.best_round}, the best of {result.rounds}.", "info")
     return result
+
+
+def _catch_up(fed: Federation, phase: str, rule: Rule, result: PhaseResult) -> bool:
+    """Go on from the committed adapter if samples were forgotten in the meantime; tells whether they were."""
+    main = phase == MAIN_PHASE
+    if not catch_up(fed.folder, result, fed.stop, main=main, patience=fed.config.round_timeout):
+        return False
+    result.remember(rule, fed.spec, {})
+    _say(fed, "samples were forgotten: going on from the committed adapter.", "info")
+    return True
 
 
 def _watched(config: RunConfig) -> bool:

@@ -24,6 +24,13 @@ from fednano.federation.baselines import BaselineResult, build_rule, check_rule,
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
+from fednano.federation.forgetting import (
+    ForgettingGrid,
+    check_no_commit,
+    resume_point,
+    start_leaves,
+    start_tombstones,
+)
 from fednano.federation.gathering import settle_basis
 from fednano.federation.hosting import open_host
 from fednano.federation.judging import judge_all
@@ -96,9 +103,15 @@ def _ended(error: _Error, folder: RunFolder, view: RunView) -> _Error:
 def _open_folder(config: RunConfig) -> tuple[RunFolder, RunConfig]:
     if not config.resume:
         name = f"{Path(config.dataset).name}-{config.adapter}-{config.rule}"
+        if config.start_from:  # by path, since 'latest' is another run in a moment
+            parent = RunFolder.open(config.start_from, root=config.runs_dir)
+            config = config.changed(start_from=str(parent.path))
         folder = RunFolder.create(config.runs_dir, name, config.to_mapping(), command=repeat_command(config))
+        if config.start_from:
+            start_tombstones(config, folder)
     else:
         folder = RunFolder.open(config.resume, root=config.runs_dir)
+        check_no_commit(folder.path)
         before = config_of(folder)
         given = {"resume": config.resume, "runs_dir": config.runs_dir, "host_address": config.host_address}
         # What decides the result comes from the run itself: a resumed run must end at the same bits.
@@ -150,7 +163,9 @@ def _run(
     edge = build_edge(config)
     check_rule(rule, spec_of(edge, config), config)
     nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
+    grid = ForgettingGrid(grid, folder.path)
     clients = _introduce(grid, nodes, config, edge.travelling(), edge, stop)
+    clients = _remind(grid, clients, config, edge, folder, stop)
     by_name = {name: client.node for name, client in clients.items()}
     ticket = starting.result()
     if gathers(config):
@@ -177,7 +192,8 @@ def _run(
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
     zero_shot = judge_all(fed, ZERO_SHOT, 0, start)
-    resumed = _checkpoint(folder, start) if config.resume else PhaseResult(start)
+    first = start_leaves(config, edge) if config.start_from else start
+    resumed = resume_point(folder, first) if config.resume else PhaseResult(first)
     view.phase_started(MAIN_PHASE, config.rounds)
     phase_began = time.monotonic()
     result = run_rounds(fed, MAIN_PHASE, rule, resumed)
@@ -248,6 +264,33 @@ def _introduce(
     return dict(sorted(clients.items()))
 
 
+def _remind(
+    grid: ForgettingGrid,
+    clients: dict[str, _Client],
+    config: RunConfig,
+    edge: NanoEdge,
+    folder: RunFolder,
+    stop: Stop,
+) -> dict[str, _Client]:
+    """Ask those that have something to forget again, now that the grid knows who they are.
+
+    Raises:
+        RunError: nobody has samples left.
+    """
+    simulated = all(client.hello.facts.get("simulated") == "True" for client in clients.values())
+    due = grid.know({name: client.node for name, client in clients.items()}, simulated=simulated)
+    if not due:
+        return clients
+    again = _introduce(grid, [clients[name].node for name in due], config, edge.travelling(), edge, stop)
+    clients = {**clients, **again}
+    gone = [name for name, client in clients.items() if not client.hello.metrics["samples"]]
+    for name in gone:
+        folder.append_event("info", f"{name} has withdrawn all its samples and takes no part.")
+    if len(gone) == len(clients):
+        raise RunError("every client has withdrawn all its samples; there is nothing left to train on.")
+    return {name: client for name, client in sorted(clients.items()) if name not in gone}
+
+
 def _tell_bad_rows(fed: Federation, clients: Mapping[str, _Client]) -> None:
     """Rows that were left out are told, never dropped in silence."""
     found: dict[str, tuple[int, str]] = {}
@@ -299,20 +342,6 @@ def _judge_clients(fed: Federation, rule: Rule, result: PhaseResult) -> dict[str
             mean_accuracy(scores), None, result.rounds, time.monotonic() - began, note, (lowest, highest)
         )
     }
-
-
-def _checkpoint(folder: RunFolder, start: Leaves) -> PhaseResult:
-    """Where a resumed run goes on; from the start when it had not finished a round."""
-    if not folder.checkpoints():
-        return PhaseResult(start)
-    saved = folder.load_checkpoint()
-    result = PhaseResult.of_checkpoint(saved.tensors, saved.state)
-    if set(result.leaves) != set(start):
-        raise RunError(
-            f"the checkpoint of round {saved.round} holds the leaves {sorted(result.leaves)}, this adapter has "
-            f"{sorted(start)}. Resume with the settings the run was started with."
-        )
-    return result
 
 
 def _adapter_info(config: RunConfig, edge: NanoEdge, ticket: HostTicket) -> dict[str, object]:
