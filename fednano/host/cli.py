@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -93,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         help="wait for a silent client (%(default)s)",
     )
     add("--grace", type=float, default=10.0, help="seconds for calls under way when stopped (%(default)s)")
+    add(
+        "--metrics",
+        default="",
+        metavar="HOST:PORT",
+        help="serve counters for Prometheus at http://HOST:PORT/metrics",
+    )
     add("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"), help="(%(default)s)")
     add(
         "--managed",
@@ -158,12 +165,18 @@ async def _serve(
         batch_tokens=_batch_tokens(options),
         kept=KeptSamples(options.keep_bytes, options.keep_disk_bytes),
     )
-    address = await server.start()
-    ended = stop.attach(asyncio.get_running_loop())
-    ready = {"address": address, "fingerprint": part.fingerprint, "pid": os.getpid(), "tls": security.tls}
-    print(json.dumps(ready), flush=True)
-    await ended.wait()
-    await server.stop(options.grace)
+    with ExitStack() as stack:
+        metrics = ""
+        if options.metrics:
+            from fednano.host.metrics import serve_metrics
+
+            metrics = stack.enter_context(serve_metrics(options.metrics, server.counters))
+        address = await server.start()
+        ended = stop.attach(asyncio.get_running_loop())
+        ready = {"address": address, "fingerprint": part.fingerprint, "pid": os.getpid(), "tls": security.tls}
+        print(json.dumps(ready | ({"metrics": metrics} if metrics else {})), flush=True)
+        await ended.wait()
+        await server.stop(options.grace)
 
 
 class _StopSwitch:

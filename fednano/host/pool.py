@@ -7,6 +7,7 @@ torch threads. So the bits of a reply depend on its request alone, not on what e
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -81,7 +82,12 @@ class ComputePool:
 
         def job() -> T:
             loop.call_soon_threadsafe(self._stats.add, "computed")
-            return compute()
+            began = time.monotonic()
+            try:
+                return compute()
+            finally:
+                spent = round(1000 * (time.monotonic() - began))
+                loop.call_soon_threadsafe(self._stats.add, "computed_milliseconds", spent)
 
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, job)

@@ -98,6 +98,10 @@ class HostServer:
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
+    def counters(self) -> dict[str, int]:
+        """All counters: `fednano.host.stats.Stats` and `fednano.host.kept.KeptSamples.counters`. From any thread."""
+        return {**self.stats.snapshot(), **self._kept.counters()}
+
     async def start(self) -> str:
         """Bind and serve.
 
@@ -156,7 +160,7 @@ class RunningHost:
 
     def stats(self) -> dict[str, int]:
         """Counters, see `fednano.host.stats.Stats`."""
-        return self._server.stats.snapshot()
+        return self._server.counters()
 
 
 @contextmanager

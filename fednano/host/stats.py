@@ -12,8 +12,9 @@ class Stats:
 
     Those that only grow: for each call, ``<call>_requests`` (arrived), ``<call>_done``, ``<call>_samples``,
     ``<call>_tokens``, ``<call>_received_bytes`` and ``<call>_sent_bytes`` (serialised messages); ``computed``
-    (jobs that ran) and, for each reason, ``refused_<reason>``; ``cancelled`` (the caller left or its deadline
-    passed); ``batches``, ``batched_requests`` (those that shared a pass) and ``batches_split`` (for want of memory).
+    (jobs that ran) and ``computed_milliseconds``; for each reason, ``refused_<reason>``; ``cancelled`` (the caller
+    left or its deadline passed); ``batches``, ``batched_requests`` (those that shared a pass) and ``batches_split``
+    (for want of memory).
     Those that also fall: ``in_flight`` (requests admitted) and ``buffered_bytes`` (their tensors).
     """
 
