@@ -335,7 +335,7 @@ def _judge_clients(fed: Federation, rule: Rule, result: PhaseResult) -> dict[str
     scores = judge_on_clients(fed, MAIN_PHASE, rule, result.rounds, result, final=True)
     if not scores or not {"personal", "personal_adapter"} & set(rule.client_config(result.rounds)):
         return {}
-    note = f"{len(scores)} clients, each with its own adapter on its own held-out samples"
+    note = f"{len(scores)} clients, each with its own adapter on samples it held out, not on the test set"
     lowest, highest = min(scores)[0], max(scores)[0]
     return {
         "personalised": BaselineResult(
