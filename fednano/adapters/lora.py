@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Literal
 
 from torch import Tensor
 
 from fednano.adapters import philox, sites
+from fednano.adapters.fused import fused_low_rank
 from fednano.adapters.method import Method
 from fednano.adapters.protocol import Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.registry import register
@@ -93,6 +95,18 @@ class LoRA(Scaled):
         """``A x`` and ``s B``."""
         return x @ theta["A"].T, self.scale * theta["B"].T
 
+    def fused(
+        self,
+        kernels: ModuleType,
+        site: Site,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor] | None,
+        theta: Tensors,
+        basis: Tensors,
+    ) -> Tensor | None:
+        """By `fednano.adapters.fused.fused_low_rank`."""
+        return fused_low_rank(kernels, site, x, base, theta["A"], theta["B"], self.scale)
+
 
 @register("ffa")
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,3 +173,16 @@ class FFA(Scaled):
         """``A x`` and ``s B``."""
         both = {**theta, **basis}
         return x @ both["A"].T, self.scale * both["B"].T
+
+    def fused(
+        self,
+        kernels: ModuleType,
+        site: Site,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor] | None,
+        theta: Tensors,
+        basis: Tensors,
+    ) -> Tensor | None:
+        """By `fednano.adapters.fused.fused_low_rank`."""
+        both = {**theta, **basis}
+        return fused_low_rank(kernels, site, x, base, both["A"], both["B"], self.scale)

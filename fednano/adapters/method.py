@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fednano.adapters import philox, sites
+from fednano.adapters.fused import kernels_for
 from fednano.adapters.protocol import Algebra, Basis, Kind, Leaf, Site, Tensors
 from fednano.errors import ConfigError, ModelError
 
@@ -200,6 +202,18 @@ class Method(abc.ABC):
         """What the change adds to the output; here through the dense delta."""
         return sites.apply(site, x, self.delta(site, theta, basis, weight))
 
+    def fused(
+        self,
+        kernels: ModuleType,
+        site: Site,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor] | None,
+        theta: Tensors,
+        basis: Tensors,
+    ) -> Tensor | None:
+        """``base(x) + path(x)`` in one kernel, in x's dtype; None where there is no such kernel."""
+        return None
+
     def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor] | None:
         """None: the change has no low-rank form."""
         return None
@@ -226,6 +240,10 @@ class Method(abc.ABC):
             weight: ``(d_out, d_in)`` or None.
             training: whether dropout is active.
         """
+        if not (training and self.dropout) and (kernels := kernels_for(x)) is not None:
+            fused = self.fused(kernels, site, x, base, theta, basis)
+            if fused is not None:
+                return fused
         inside = x
         if x.is_floating_point():
             inside = x.to(next(iter(theta.values())).dtype)

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fednano.adapters.fused import kernels_for
 from fednano.errors import ConfigError, HostRefused
 from fednano.models.language_inputs import IGNORE, align, check_inputs, check_token_embeds
 from fednano.models.step import step_loss
@@ -200,17 +201,13 @@ class LocalLLM:
         Raises:
             HostRefused, ConfigError: as `loss`.
         """
-        from fednano.training.objectives import get_objective
-
         self.check(embeds, mask, labels, objective)
         rows = embeds.detach().requires_grad_(want_gradient)
         with torch.set_grad_enabled(want_gradient):
-            losses = self._losses(rows, mask, labels, get_objective(objective))
+            losses = self._losses(rows, mask, labels, objective)
             return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
 
-    def _losses(
-        self, embeds: Tensor, mask: Tensor, labels: Tensor, token_loss: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def _losses(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str) -> Tensor:
         """Losses ``(B,)`` on the model's device, as a graph over ``embeds``."""
         x, real, index = align(embeds.to(self.device, self.dtype), mask.to(self.device).bool(), "left")
         y = labels.to(self.device).gather(1, index)  # (B, L)
@@ -221,9 +218,22 @@ class LocalLLM:
                 inputs_embeds=x, attention_mask=None, position_ids=positions, use_cache=False
             )
         hidden = out.last_hidden_state[:, :-1][keep]  # (N, d)
-        tokens = token_loss(self.part.head(hidden), y[:, 1:][keep])  # (N,)
+        tokens = self._token_losses(hidden, y[:, 1:][keep], objective)  # (N,)
         # Sample by sample rather than by a scatter: the order of the sum is that of the lone sample.
         return torch.stack([t.mean() for t in torch.split(tokens, keep.sum(1).tolist())])
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor, objective: str) -> Tensor:
+        """Loss ``(N,)`` of each label ``(N,)`` predicted from ``hidden`` ``(N, d)``; logits never whole on a GPU."""
+        from fednano.training.objectives import get_objective
+
+        head, kernels = self.part.head, kernels_for(hidden)
+        plain = type(head) is nn.Linear and head.bias is None
+        if kernels is None or not plain or objective not in kernels.OBJECTIVES or objective == "npo":
+            return get_objective(objective)(head(hidden), labels)
+        losses: Tensor = kernels.linear_token_loss(
+            hidden, head.weight, labels, objective, labelled_rows=len(labels)
+        )
+        return losses
 
     def generate(
         self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None
