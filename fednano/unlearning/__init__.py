@@ -1,10 +1,12 @@
-"""Forget samples of a tuned model: methods, the federated runner, metrics.
+"""Forget samples of a tuned model: methods, the federated runner, metrics, jobs.
 
 ::
 
-    request = UnlearnRequest(run="runs/latest", client="client-001", samples=("easy-vqa/train/00017",))
-    outcome = unlearn(request)
+    from fednano.unlearning.outcome import UnlearnRequest
+    from fednano.unlearning.runner import unlearn
+
+    outcome = unlearn(UnlearnRequest(run="latest", client="client-001", samples=("easy-vqa/train/00017",)))
     outcome.leaves                    # the shadow adapter; the run's own is untouched
 
-`fednano.unlearning.metrics` scores any model's numbers. Importing this package is cheap.
+`fednano.unlearning.metrics` scores any model's numbers. Importing this package loads nothing.
 """

@@ -27,11 +27,9 @@ from fednano.unlearning.fila import (
     attach_fila,
     factorise,
     factorise_product,
-    row_weights,
-    row_weights_from_sums,
-    weight_fisher,
 )
 from fednano.unlearning.fila_bridge import bridge_fisher, change_pairs, prepare
+from fednano.unlearning.fisher import row_weights, row_weights_from_sums, weight_fisher
 from fednano.unlearning.targets import without_end
 
 Tuned = Callable[..., NanoEdge]

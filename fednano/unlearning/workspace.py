@@ -1,0 +1,207 @@
+"""A finished run, loaded to unlearn from: model, adapter, everybody's samples, and the questions to measure by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from fednano.data import Sample, load_dataset
+from fednano.errors import DataError, RunError
+from fednano.federation.config import RunConfig
+from fednano.federation.messages import HostTicket
+from fednano.federation.model import build_edge, connect, use_threads
+from fednano.federation.server import config_of
+from fednano.models.edge import NanoEdge
+from fednano.models.language import LocalLLM
+from fednano.runs import RunFolder
+from fednano.training.data import ClientData
+from fednano.training.features import FeatureCache
+from fednano.training.seeds import generator
+from fednano.unlearning.measure import Measurement, Perturbed, SetScores, attacks, score_set
+from fednano.unlearning.metrics import TokenScores, exact_memorisation, probability
+from fednano.unlearning.probe import require_local, token_scores
+from fednano.unlearning.sites import Scope, SiteData, simulated_sites, split_scope
+
+__all__ = ["Probe", "Workspace"]
+
+PROBE_SAMPLES = 128
+"""Most samples of each kind in a measurement, except for the forget set, which is measured whole."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is looked at after each round.
+
+    Attributes:
+        forget: scores of the forget set.
+        utility: see `Measurement`.
+        accuracy: see `Measurement`.
+    """
+
+    forget: SetScores
+    utility: float
+    accuracy: float
+
+
+class Workspace:
+    """One run and one scope.
+
+    Args:
+        run: a run's id, folder or ``"latest"``.
+        owner: the site whose samples are forgotten.
+        ids: their ids.
+        runs_dir: folder of the run folders.
+        sites: site to its samples; by default the simulated ones of the run.
+        perturbed: sample id to other answers, for truth ratios.
+        seed: of what is sampled to measure by.
+
+    Raises:
+        RunError: there is no such run, it has not finished, or its base model is another one now.
+        DataError: the scope cannot be forgotten; see `split_scope`.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        owner: str,
+        ids: Sequence[str],
+        *,
+        runs_dir: str | Path = "runs",
+        sites: Mapping[str, SiteData] | None = None,
+        perturbed: Mapping[str, Perturbed] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.folder = RunFolder.open(run, root=runs_dir)
+        self.config: RunConfig = config_of(self.folder).changed(placement="local")
+        self.leaves, info = self.folder.load_adapter()
+        self.sites = sites if sites is not None else simulated_sites(self.folder, self.config)
+        self.scope: Scope = split_scope(self.sites, owner, ids)
+        self.perturbed, self.seed = perturbed, seed
+        use_threads(self.config)
+        self.edge: NanoEdge = build_edge(self.config)
+        if info.get("edge") != self.edge.edge.fingerprint:
+            raise RunError(
+                f"run {self.folder.id} tuned another model than {self.config.model!r} is now (edge weights "
+                f"{str(info.get('edge'))[:16]}, here {self.edge.edge.fingerprint[:16]}). Restore that model."
+            )
+        self.untuned = self.edge.travelling()
+        self.edge.load_travelling(self.leaves)
+        self._stack = ExitStack()
+        self.llm: LocalLLM = require_local(
+            self._stack.enter_context(connect(self.config, HostTicket())), "unlearning from a run folder"
+        )
+        if info.get("language") and info["language"] != self.llm.part.fingerprint:
+            self.close()
+            raise RunError(
+                f"run {self.folder.id} was tuned against another language model (weights "
+                f"{str(info['language'])[:16]}, here {self.llm.part.fingerprint[:16]}). Restore that model."
+            )
+        cache = Path(self.config.cache_dir) if self.config.cache_dir else self.folder.path / "cache"
+        self.features = FeatureCache(self.edge.edge, cache)
+        self._tests = self._some(list(load_dataset(self.config.dataset, "test")), "test")
+        self._unseen = self._some(
+            [*self.scope.held_out[owner], *self._tests],
+            "unseen",
+            most=max(32, len(self.scope.forget)),
+            shuffle=False,
+        )
+        if not self._unseen:
+            raise DataError("there are no samples that the run never trained on; the stop rule needs some.")
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._stack.close()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def data(self, samples: Sequence[Sample]) -> ClientData:
+        """Samples, ready to ask about."""
+        return ClientData(samples, self.edge, self.features)
+
+    def probe(self, leaves: Mapping[str, Tensor]) -> Probe:
+        """What is looked at after each round; the edge is left with these leaves."""
+        self.edge.load_travelling(leaves)
+        forget = score_set(self.edge, self.llm, self.data(self.scope.forget))
+        return Probe(forget, *self._utility())
+
+    def unseen(self, leaves: Mapping[str, Tensor]) -> SetScores:
+        """Scores of samples that were never trained on: what 'forgotten' looks like."""
+        self.edge.load_travelling(leaves)
+        return score_set(self.edge, self.llm, self.data(self._unseen))
+
+    def measure(self, leaves: Mapping[str, Tensor]) -> Measurement:
+        """Everything, for any adapter of the run's kind: before, after, or retrained."""
+        owner = self.scope.owner
+        kept = self.scope.retain.get(owner) or [s for own in self.scope.retain.values() for s in own]
+        sets = {
+            "forget": self.data(self.scope.forget),
+            "retain": self.data(self._some(kept, "retain")),
+            "unseen": self.data(self._unseen),
+        }
+        self.edge.load_travelling(self.untuned)
+        before = {name: self._tokens(sets[name]) for name in ("forget", "unseen")}
+        self.edge.load_travelling(leaves)
+        scores = {name: self._tokens(data) for name, data in sets.items()}
+        scored = {
+            name: score_set(
+                self.edge,
+                self.llm,
+                data,
+                scores=scores[name],
+                features=self.features,
+                perturbed=self.perturbed if name == "forget" else None,
+                el=name != "retain",
+            )
+            for name, data in sets.items()
+        }
+        found, leak = attacks(
+            scores["forget"],
+            scores["unseen"],
+            texts=tuple([s.answer for s in sets[name].samples] for name in ("forget", "unseen")),  # type: ignore[arg-type]
+            reference=(before["forget"], before["unseen"]),
+            seed=self.seed,
+        )
+        utility, accuracy = self._utility()
+        clients = {
+            name: fmean(map(probability, self._tokens(self.data(self._some(held, name)))))
+            for name, held in self.scope.held_out.items()
+            if held
+        }
+        return Measurement(
+            scored["forget"], scored["retain"], scored["unseen"], utility, accuracy, clients, found, leak
+        )
+
+    def _tokens(self, data: ClientData) -> list[TokenScores]:
+        return token_scores(self.edge, self.llm, data)
+
+    def _utility(self) -> tuple[float, float]:
+        scores = self._tokens(self.data(self._tests))
+        return fmean(map(probability, scores)), fmean(exact_memorisation(each) == 1 for each in scores)
+
+    def _some(
+        self, samples: list[Sample], kind: str, *, most: int = PROBE_SAMPLES, shuffle: bool = True
+    ) -> list[Sample]:
+        """At most ``most`` samples, always the same ones."""
+        if len(samples) <= most:
+            return samples
+        if not shuffle:
+            return samples[:most]
+        order = generator(self.seed, "probe", kind).permutation(len(samples))[:most]
+        return [samples[int(index)] for index in sorted(order)]
+
+
+def exceeds(leaves: Mapping[str, Tensor], bound: float) -> bool:
+    """Whether a leaf holds a number that is not finite or above the bound."""
+    return any(
+        not bool(torch.isfinite(leaf).all()) or float(leaf.abs().max()) > bound for leaf in leaves.values()
+    )
