@@ -18,6 +18,7 @@ from fednano.unlearning.jobs.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.request import authenticate, request_key
 from fednano.unlearning.jobs.states import FINAL, State
+from fednano.unlearning.methods import get_method
 
 __all__ = ["Desk"]
 
@@ -184,6 +185,7 @@ class Desk:
             raise RequestRefused(
                 f"site {job.site!r} took no part in this run; its sites: {', '.join(sorted(sites))}."
             )
+        get_method(job.request["method"])
         problem = self.holdings.base_model()
         if problem:
             raise RequestRefused(f"{problem}.")

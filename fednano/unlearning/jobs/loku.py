@@ -1,17 +1,100 @@
-"""The runner of this package behind the worker's Protocol."""
+"""The runner of this package (:mod:`fednano.unlearning.runner`) behind the worker's Protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fednano.errors import JobStateError
+from fednano.errors import Interrupted
+from fednano.runs import RunFolder
 from fednano.unlearning.jobs.runner import Result, Round, Task
+
+if TYPE_CHECKING:
+    from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome
+    from fednano.unlearning.sites import SiteData
 
 __all__ = ["LokuRunner"]
 
+_REASONS = {
+    "round limit": "the round limit came before the forget set looked like unseen data; allow more rounds or steps",
+    "utility floor": "forgetting would have cost more utility than the floor allows",
+    "diverged": "the training diverged; try fewer steps",
+    "never trained on": "none of the samples was ever trained on",
+}
+
 
 class LokuRunner:
-    """Hands tasks to :mod:`fednano.unlearning.runner`."""
+    """Hands tasks to :func:`fednano.unlearning.runner.unlearn`; any of its methods.
+
+    Args:
+        data: site -> its own data folder, for runs of real sites; every site's is needed then.
+    """
+
+    def __init__(self, data: Mapping[str, Path] | None = None) -> None:
+        self._data = dict(data or {})
 
     def __call__(self, task: Task, *, progress: Callable[[Round], None], stop: Callable[[], bool]) -> Result:
-        raise JobStateError("no runner")
+        """Unlearn; see :class:`~fednano.unlearning.jobs.runner.Runner`."""
+        from fednano.runs.checkpoints import pack
+        from fednano.unlearning.outcome import UnlearnRequest
+        from fednano.unlearning.runner import unlearn
+
+        def tell(record: RoundRecord) -> None:
+            figures = (record.ihl, record.retain_loss, record.el, record.ma)
+            progress(Round(record.round, record.rounds, *figures))
+
+        request = UnlearnRequest(
+            run=task.run, client=task.site, samples=task.samples, runs_dir=task.run.parent, **vars(task.plan)
+        )
+        outcome = unlearn(request, progress=tell, stop=stop, sites=self._sites(task.run))
+        if outcome.status == "stopped":
+            raise Interrupted("the unlearning was asked to end.")
+        return result_of(outcome, pack(outcome.leaves))
+
+    def _sites(self, run: Path) -> dict[str, SiteData] | None:
+        """Real sites' samples; ``None`` leaves it to the runner, which knows simulated ones."""
+        if not self._data:
+            return None
+        from fednano.federation.server import config_of
+        from fednano.runs.tombstones import read_tombstones
+        from fednano.unlearning.sites import Site, own_site
+
+        config, forgotten = config_of(RunFolder(run)), read_tombstones(run)
+        sites: dict[str, SiteData] = {}
+        for name, folder in self._data.items():
+            own = own_site(config, str(folder))
+            sites[name] = Site(forgotten.keep(own.train), forgotten.keep(own.held_out))
+        return sites
+
+
+def result_of(outcome: UnlearnOutcome, payload: bytes) -> Result:
+    """An outcome as the worker and the receipt have it."""
+    figures: Any = outcome.to_json()
+    reason = _REASONS.get(outcome.status)
+    return Result(
+        payload=payload,
+        before=figures["before"] or {},
+        after=figures["after"] or {},
+        thresholds=outcome.thresholds,
+        seconds=outcome.seconds,
+        client_seconds=outcome.client_seconds,
+        bytes=sum(record.bytes for record in outcome.records),
+        rounds=len(outcome.records),
+        stopped=outcome.status,
+        accepted=reason is None,
+        reasons=() if reason is None else (reason,),
+        approximations=_approximations(outcome),
+    )
+
+
+def _approximations(outcome: UnlearnOutcome) -> tuple[str, ...]:
+    """What was not computed as the method's paper has it, by name."""
+    if outcome.exact:
+        return ()
+    method = outcome.request.method if outcome.request is not None else "unknown"
+    names = [f"unlearning by {method}: gradients of the forget set are counteracted, not taken out"]
+    fisher = outcome.start.get("fisher")
+    if fisher:
+        names.append(f"relative Fisher: {fisher}")
+    return tuple(names)

@@ -66,7 +66,9 @@ class Result:
         after: the same figures of the shadow adapter.
         reference: the same figures of what it is compared with; empty where there is none.
         reference_kind: what that is, such as ``"retrained"``; empty where there is none.
-        seconds: seconds of work.
+        thresholds: what the stop rule compared with, by name.
+        seconds: wall time.
+        client_seconds: of all parties together.
         bytes: bytes that crossed the wire.
         rounds: rounds done.
         stopped: why it stopped, such as ``"forgotten"`` or ``"rounds"``.
@@ -81,7 +83,9 @@ class Result:
     after: Mapping[str, Any] = field(default_factory=dict)
     reference: Mapping[str, Any] = field(default_factory=dict)
     reference_kind: str = ""
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
+    client_seconds: float = 0.0
     bytes: int = 0
     rounds: int = 0
     stopped: str = ""
