@@ -73,9 +73,29 @@ def wire(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def study(document: dict[str, Any]) -> str:
+    """Accuracy of each rule over heterogeneity, at the smallest number of clients: mean and spread over seeds."""
+    means = [row for row in document["rows"] if row["seed"] == "all"]
+    clients = min(row["clients"] for row in means)
+    found = {(row["rule"], row["alpha"]): row for row in means if row["clients"] == clients}
+    alphas = sorted({alpha for _, alpha in found})
+    head = f"| Accuracy, %, {clients} clients | " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |"
+    lines = [head, "|---|" + "---:|" * len(alphas)]
+    for rule in sorted({rule for rule, _ in found}):
+        rows = [found.get((rule, alpha)) for alpha in alphas]
+        cells = [
+            f"{_percent(row['accuracy']['mean'])} ± {_percent(row['accuracy']['sd'])}" if row else "-"
+            for row in rows
+        ]
+        note = " (by its clients)" if any(row and row["judged"] == "clients" for row in rows) else ""
+        lines.append(f"| {rule}{note} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("main_job", main_job),
     "wire": ("main_job", wire),
+    "study": ("study", study),
 }
 
 

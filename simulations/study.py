@@ -1,0 +1,254 @@
+"""Merge rules compared where they differ: rules x heterogeneity x number of clients x seeds, with both bounds.
+
+    python simulations/study.py                       # the whole matrix: hours
+    python simulations/study.py --small               # `make study-small`: minutes
+    python simulations/study.py --rules fedavg fisher --alphas 0.1 --clients 5 --seeds 0 1 2
+
+Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
+language host, but for rounding. What is measured is kept under ``--work``, one file a cell, so a study that was cut
+off goes on where it was. FedAvg's cells also train each client alone and all data in one place (the bounds), and merge by Fisher,
+from the same start over the same samples. Rules that leave personal adapters are judged by their clients, on samples
+these hold out; the column ``judged`` says so, and their figures do not compare with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from fednano.aggregation import rule_names
+from fednano.errors import FednanoError
+from fednano.federation.config import RunConfig
+from fednano.runs.atomic import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "study.json"
+MEASURED_WITH_FEDAVG = {"local_only": "local-only", "centralised": "centralised", "fisher": "fisher"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix."""
+
+    rule: str
+    alpha: float
+    clients: int
+    seed: int
+    rounds: int
+    samples: int
+    test: int
+
+    def config(self, runs_dir: Path) -> RunConfig:
+        """Its settings."""
+        return RunConfig(
+            rule=self.rule,
+            alpha=self.alpha,
+            clients=self.clients,
+            seed=self.seed,
+            rounds=self.rounds,
+            samples=self.samples,
+            evaluate_every=1,
+            evaluate_samples=self.test,
+            final_samples=self.test,
+            baselines=self.rule == "fedavg",
+            placement="local",
+            runs_dir=str(runs_dir / "runs"),
+            cache_dir=str(runs_dir / "cache"),
+        )
+
+    def file(self, work: Path) -> Path:
+        """Where its rows are kept; another setting, another file."""
+        mark = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+        return work / "cells" / f"{self.rule}-a{self.alpha:g}-c{self.clients}-s{self.seed}-{mark}.json"
+
+
+def measure(cell: Cell, work: Path, target: float) -> list[Row]:
+    """Run a cell, or read what was measured of it before; one row for each way of training."""
+    path = cell.file(work)
+    if not path.exists():
+        from fednano.federation.simulation import simulate
+        from fednano.runs import RunFolder, make_view
+
+        base: Row = {"alpha": cell.alpha, "clients": cell.clients, "seed": cell.seed}
+        try:
+            folder = RunFolder.open(simulate(cell.config(work), backend="inprocess", view=make_view("quiet")))
+        except FednanoError as error:  # such as a partition that these data do not allow: said in the results
+            write_json(path, [base | {"rule": cell.rule, "error": str(error)}])
+        else:
+            write_json(
+                path, [base | row for row in rows_of(folder.read_json("summary.json"), folder.metrics())]
+            )
+    rows: list[Row] = json.loads(path.read_text())
+    for row in rows:
+        curve = row.get("curve") or []
+        row["rounds_to_target"] = next((n for n, accuracy in curve if accuracy >= target), None)
+    return rows
+
+
+def rows_of(summary: Row, metrics: list[Row]) -> Iterator[Row]:
+    """One row for each way of training that a run measured."""
+    accuracy = summary["accuracy"]
+    ways = [(summary["rule"], "personalised" if "personalised" in accuracy else "federated", "federated")]
+    ways += [(name, key, name) for key, name in MEASURED_WITH_FEDAVG.items() if key in accuracy]
+    for rule, key, phase in ways:
+        judged = [
+            (row["round"], row["accuracy"])
+            for row in metrics
+            if row["phase"] == phase
+            and row["scope"] == "global"
+            and "train_loss" in row
+            and "accuracy" in row
+        ]
+        yield {
+            "rule": rule,
+            "accuracy": accuracy[key],
+            "judged": "clients" if key == "personalised" else "test set",
+            "zero_shot": accuracy["zero_shot"],
+            "curve": judged,
+            "adapter_up": summary["bytes"]["adapter_up_per_client_round"] if phase == "federated" else None,
+            "seconds": summary["phases"][key]["seconds"],
+        }
+
+
+def overall(rows: list[Row]) -> list[Row]:
+    """Mean and standard deviation over the seeds of each rule, heterogeneity and number of clients."""
+    groups: dict[tuple[str, float, int], list[Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            groups.setdefault((row["rule"], row["alpha"], row["clients"]), []).append(row)
+    out = []
+    for (rule, alpha, clients), own in sorted(groups.items()):
+        values = [row["accuracy"] for row in own]
+        reached = [row["rounds_to_target"] for row in own if row["rounds_to_target"] is not None]
+        out.append(
+            {
+                **{"rule": rule, "alpha": alpha, "clients": clients, "seed": "all", "seeds": len(own)},
+                "judged": own[0]["judged"],
+                "accuracy": {
+                    **{"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0},
+                    **{"min": min(values), "max": max(values)},
+                },
+                "reached_target": len(reached),
+                "rounds_to_target": fmean(reached) if reached else None,
+            }
+        )
+    return out
+
+
+def closed_gap(means: list[Row], rule: str) -> float | None:
+    """The share of the gap between FedAvg and centralised training that a rule closes, where all three are known."""
+    by = {(row["rule"], row["alpha"], row["clients"]): row["accuracy"]["mean"] for row in means}
+    places = sorted({(row["alpha"], row["clients"]) for row in means})
+    full = [p for p in places if all((name, *p) in by for name in ("fedavg", "centralised", rule))]
+    gap = sum(by["centralised", *p] - by["fedavg", *p] for p in full)
+    return sum(by[rule, *p] - by["fedavg", *p] for p in full) / gap if full and gap > 0 else None
+
+
+def draw(means: list[Row], path: Path) -> None:
+    """Accuracy over heterogeneity, a line for each rule and a picture for each number of clients."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    counts = sorted({row["clients"] for row in means})
+    figure, panes = plt.subplots(1, len(counts), figsize=(5 * len(counts), 4), sharey=True, squeeze=False)
+    for clients, pane in zip(counts, panes[0], strict=True):
+        for rule in sorted({row["rule"] for row in means}):
+            own = [row for row in means if row["rule"] == rule and row["clients"] == clients]
+            pane.errorbar(
+                [row["alpha"] for row in own],
+                [100 * row["accuracy"]["mean"] for row in own],
+                [100 * row["accuracy"]["sd"] for row in own],
+                label=rule,
+                capsize=2,
+                linestyle="--" if rule in ("local-only", "centralised") else "-",
+            )
+        pane.set(xscale="log", xlabel="Dirichlet alpha", title=f"{clients} clients")
+    panes[0][0].set_ylabel("accuracy, %")
+    panes[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write(rows: list[Row], target: Path) -> None:
+    """The results file and its picture; a rule that has no figure for the gate gets none."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from results import Gate, write_results  # type: ignore[import-not-found]
+
+    means = overall(rows)
+    share = closed_gap(means, RunConfig().rule)
+    gates = (
+        []
+        if share is None
+        else [Gate("share of the gap to centralised closed by the default", share, 0.5, ">=")]
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_results(target, rows=[*rows, *means], gates=gates)
+    if means:
+        draw(means, target.with_suffix(".svg"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is asked for, and write what is measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rules", nargs="+", default=[n for n in rule_names() if n != "fisher"])
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.5, 1.0, 100.0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[5, 20, 50])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--samples", type=int, default=300, help="training samples per client and round")
+    parser.add_argument("--test", type=int, default=1000, help="test questions in each evaluation")
+    parser.add_argument("--target", type=float, default=0.9, help="accuracy whose first round is reported")
+    parser.add_argument("--jobs", type=int, default=1, help="cells measured at the same time")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--small", action="store_true", help="a matrix of minutes, under runs/study-small")
+    options = parser.parse_args(arguments)
+    if options.small:
+        parser.set_defaults(
+            **{
+                "rules": ["fedavg", "flexlora", "rolora"],
+                "alphas": [0.1, 100.0],
+                "clients": [5],
+                "seeds": [0, 1],
+            },
+            **{"rounds": 3, "samples": 64, "test": 150, "work": Path("runs/study-small")},
+            json=Path("runs/study-small/study.json"),
+        )
+        options = parser.parse_args(arguments)
+    # FedAvg's cells measure Fisher merging, too.
+    rules = [rule for rule in options.rules if rule != "fisher" or "fedavg" not in options.rules]
+    cells = [
+        Cell(rule, alpha, clients, seed, options.rounds, options.samples, options.test)
+        for seed, clients, alpha, rule in itertools.product(
+            options.seeds, options.clients, options.alphas, rules
+        )
+    ]
+    found: dict[Cell, list[Row]] = {}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(measure, cell, options.work, options.target): cell for cell in cells}
+        for done in as_completed(waiting):
+            found[waiting[done]] = done.result()
+            print(f"{len(found)}/{len(cells)}: {waiting[done]}", flush=True)
+            write([row for cell in cells for row in found.get(cell, [])], options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
