@@ -14,6 +14,7 @@ import ctypes
 import gc
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
 from results import Gate, write_results
 
 from fednano.aggregation import (

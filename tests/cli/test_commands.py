@@ -129,3 +129,13 @@ class TestFlowerSimulation:
         )
         with pytest.raises(ConfigError, match="client app of its own"):
             run_app(tmp_path, 2)
+
+
+def test_benchmarks_are_programs_that_the_command_finds() -> None:
+    import subprocess
+
+    for name in ("kernels", "main-job", "adapters", "aggregation"):
+        command = [str(Path(sys.executable).with_name("fednano")), "bench", name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout
