@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fednano import __version__
+from fednano.cli.bench import app as bench_app
 from fednano.cli.evaluate import app as evaluate_app
 from fednano.cli.options import settings_options
 from fednano.cli.unlearn import app as unlearn_app
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated adapter tuning for multimodal LLMs, with the LLM on the server.",
 )
+app.add_typer(bench_app, name="bench")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(unlearn_app, name="unlearn")
 
