@@ -6,9 +6,9 @@
 
 Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
 language host, but for rounding. What is measured is kept under ``--work``, one file a cell, so a study that was cut
-off goes on where it was. FedAvg's cells also train each client alone and all data in one place (the bounds), and merge by Fisher,
-from the same start over the same samples. Rules that leave personal adapters are judged by their clients, on samples
-these hold out; the column ``judged`` says so, and their figures do not compare with the others.
+off goes on where it was. FedAvg's cells also train each client alone and all data in one place (the bounds), and merge
+by Fisher, from the same start over the same samples. Rules that leave personal adapters are judged by their clients, on
+samples these hold out; the column ``judged`` says so, and their figures do not compare with the others.
 """
 
 from __future__ import annotations
