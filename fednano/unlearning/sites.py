@@ -14,7 +14,16 @@ from fednano.runs import RunFolder
 from fednano.runs.tombstones import read_tombstones
 from fednano.training.data import draw
 
-__all__ = ["Scope", "Site", "SiteData", "first_exposure", "participants", "simulated_sites", "split_scope"]
+__all__ = [
+    "Scope",
+    "Site",
+    "SiteData",
+    "first_exposure",
+    "own_site",
+    "participants",
+    "simulated_sites",
+    "split_scope",
+]
 
 
 class SiteData(Protocol):
@@ -145,13 +154,15 @@ def first_exposure(
 ) -> int | None:
     """The first round that trained on one of the samples; ``None`` if none did.
 
-    After an earlier job of the run the drawing has changed, and the owner's first round is answered: too early is safe.
+    After an earlier job of the run the answer is the first round: what was drawn is no longer known, and checkpoints
+    of later rounds may hold what that job forgot.
     """
-    rounds = [number for number, names in participants(folder).items() if owner in names]
+    everything = participants(folder)
+    rounds = [number for number, names in everything.items() if owner in names]
     if not rounds or not forget:
         return None
     if read_tombstones(folder.path).epoch:
-        return rounds[0]
+        return min(everything)
     wanted = {sample.id for sample in forget}
     for number in rounds:
         start = (number - 1) * config.samples

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
 from fednano.data import Sample, load_dataset
-from fednano.errors import DataError, RunError
+from fednano.errors import ConfigError, DataError, RunError
+from fednano.federation.answer import tuned_edge
 from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket
-from fednano.federation.model import build_edge, connect, use_threads
+from fednano.federation.model import connect, use_threads
 from fednano.federation.server import config_of
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LocalLLM
@@ -64,6 +64,7 @@ class Workspace:
     Raises:
         RunError: there is no such run, it has not finished, or its base model is another one now.
         DataError: the scope cannot be forgotten; see `split_scope`.
+        ConfigError: the run's merge rule left more than the adapter's own leaves.
     """
 
     def __init__(
@@ -78,19 +79,21 @@ class Workspace:
         seed: int = 0,
     ) -> None:
         self.folder = RunFolder.open(run, root=runs_dir)
-        self.config: RunConfig = config_of(self.folder).changed(placement="local")
         self.leaves, info = self.folder.load_adapter()
-        self.sites = sites if sites is not None else simulated_sites(self.folder, self.config)
+        settings = config_of(self.folder)
+        self.sites = sites if sites is not None else simulated_sites(self.folder, settings)
         self.scope: Scope = split_scope(self.sites, owner, ids)
         self.perturbed, self.seed = perturbed, seed
-        use_threads(self.config)
-        self.edge: NanoEdge = build_edge(self.config)
-        if info.get("edge") != self.edge.edge.fingerprint:
-            raise RunError(
-                f"run {self.folder.id} tuned another model than {self.config.model!r} is now (edge weights "
-                f"{str(info.get('edge'))[:16]}, here {self.edge.edge.fingerprint[:16]}). Restore that model."
-            )
+        use_threads(settings)
+        self.config: RunConfig
+        self.edge: NanoEdge
+        self.config, self.edge = tuned_edge(self.folder, untuned=True)
         self.untuned = self.edge.travelling()
+        if {n: v.shape for n, v in self.leaves.items()} != {n: v.shape for n, v in self.untuned.items()}:
+            raise ConfigError(
+                f"run {self.folder.id} ended with more than its adapter ({', '.join(sorted(self.leaves))}), as merge "
+                f"rule {self.config.rule!r} leaves it. Only a new run without the samples can forget them."
+            )
         self.edge.load_travelling(self.leaves)
         self._stack = ExitStack()
         self.llm: LocalLLM = require_local(
@@ -198,10 +201,3 @@ class Workspace:
             return samples[:most]
         order = generator(self.seed, "probe", kind).permutation(len(samples))[:most]
         return [samples[int(index)] for index in sorted(order)]
-
-
-def exceeds(leaves: Mapping[str, Tensor], bound: float) -> bool:
-    """Whether a leaf holds a number that is not finite or above the bound."""
-    return any(
-        not bool(torch.isfinite(leaf).all()) or float(leaf.abs().max()) > bound for leaf in leaves.values()
-    )

@@ -17,6 +17,7 @@ from fednano.federation.server import config_of
 from fednano.federation.simulation import simulate
 from fednano.models.fingerprint import fingerprint
 from fednano.runs import RunFolder, make_view
+from fednano.runs.tombstones import Tombstone, Tombstones, sample_hash, write_tombstones
 from fednano.unlearning.methods import get_method
 from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome, UnlearnRequest
 from fednano.unlearning.retrain import retrain, starting_point
@@ -240,6 +241,35 @@ def test_runs_that_do_not_fit_are_refused(finished: Any, tmp_path: Path) -> None
             Workspace(other.path, OWNER, finished.secret, sites=finished.sites)
     with pytest.raises(RunError, match="real sites"):
         Workspace(other.path, OWNER, finished.secret)
+    other.save_adapter({**leaves, "beside/text.down": torch.zeros(1, 1)}, info)
+    with pytest.raises(ConfigError, match="more than its adapter"):
+        Workspace(other.path, OWNER, finished.secret, sites=finished.sites)
+
+
+def test_after_an_earlier_job_retraining_starts_from_scratch(small_vqa: Path, tmp_path: Path) -> None:
+    """A checkpoint between may hold what the earlier job forgot, and its sites drew from more samples."""
+    config = RunConfig(dataset=str(small_vqa), clients=2, alpha=5.0, samples=4, runs_dir=str(tmp_path))
+    folder = RunFolder.create(tmp_path, "run", config.to_mapping())
+    folder.write_json("partition.json", {"kind": "dirichlet"})
+    for number, name in ((1, "client-000"), (2, "client-001")):
+        folder.append_metrics(
+            {
+                "phase": "federated",
+                "round": number,
+                "scope": "client",
+                "client": name,
+                "loss": 1.0,
+                "samples": 4,
+            }
+        )
+    sites = simulated_sites(folder, config)
+    forgotten, later = sites["client-000"].train[0], sites["client-001"].train
+    assert first_exposure(folder, config, sites["client-001"], "client-001", later) == 2
+    salt = "00" * 32
+    gone = Tombstone("job", "client-000", salt, frozenset({sample_hash(salt, forgotten.id)}))
+    write_tombstones(folder.path, Tombstones(1, (gone,)))
+    assert forgotten.id not in {s.id for s in simulated_sites(folder, config)["client-000"].train}
+    assert first_exposure(folder, config, sites["client-001"], "client-001", later) == 1
 
 
 def test_requests_out_of_range_are_refused() -> None:
