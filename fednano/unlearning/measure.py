@@ -17,10 +17,12 @@ from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
 from fednano.unlearning.metrics import (
     Auc,
+    ForgetQuality,
     TokenScores,
     attack_auc,
     exact_memorisation,
     extraction_strength,
+    forget_quality,
     loss_score,
     memorisation_accuracy,
     min_k_plus_plus_score,
@@ -35,7 +37,16 @@ from fednano.unlearning.metrics import (
 from fednano.unlearning.probe import extraction_likelihoods, token_scores
 from fednano.unlearning.targets import without_end
 
-__all__ = ["Measurement", "Perturbed", "SetScores", "attacks", "score_set", "truth_ratios"]
+__all__ = [
+    "Comparison",
+    "Measurement",
+    "Perturbed",
+    "SetScores",
+    "against_reference",
+    "attacks",
+    "score_set",
+    "truth_ratios",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,44 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An unlearned adapter against one that was trained without the samples; ``None``: not available.
+
+    Attributes:
+        forget_quality: of the forget set's truth ratios; ``None`` without a reference, or where no other answers are
+            known.
+        priv_leak: of Min-K, relative to the reference's own AUC.
+        exact_memorisation_gap: difference of the forget set's exact memorisation, unlearned minus reference.
+        extraction_strength_gap: the same of extraction strength.
+    """
+
+    forget_quality: ForgetQuality | None = None
+    priv_leak: float | None = None
+    exact_memorisation_gap: float | None = None
+    extraction_strength_gap: float | None = None
+
+
+def against_reference(after: Measurement, reference: Measurement | None) -> Comparison:
+    """Compare with a retrained adapter, measured on the same scope.
+
+    Args:
+        after: of the unlearned adapter.
+        reference: of the retrained one; ``None`` where there is none: then nothing is available, and nothing invented.
+    """
+    if reference is None:
+        return Comparison()
+    ours, theirs = after.forget, reference.forget
+    known = ours.truth_ratios and theirs.truth_ratios
+    level = reference.attacks["min_k"].value
+    return Comparison(
+        forget_quality(ours.truth_ratios, theirs.truth_ratios) if known else None,
+        priv_leak(after.attacks["min_k"].value, level) if level < 1 else None,
+        ours.exact_memorisation - theirs.exact_memorisation,
+        ours.extraction_strength - theirs.extraction_strength,
+    )
 
 
 def score_set(

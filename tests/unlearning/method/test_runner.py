@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from fednano.federation.simulation import simulate
 from fednano.models.fingerprint import fingerprint
 from fednano.runs import RunFolder, make_view
 from fednano.runs.tombstones import Tombstone, Tombstones, sample_hash, write_tombstones
+from fednano.training.answers import answer_losses
+from fednano.unlearning.measure import Comparison, Perturbed, against_reference
 from fednano.unlearning.methods import get_method
+from fednano.unlearning.metrics import ForgetQuality
 from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome, UnlearnRequest
 from fednano.unlearning.retrain import retrain, starting_point
 from fednano.unlearning.runner import unlearn
@@ -36,7 +41,7 @@ def forget(finished: Any) -> Unlearn:
     """Unlearn the secret; keywords change the request, ``progress`` and ``stop`` go past it."""
 
     def call(**changes: Any) -> UnlearnOutcome:
-        past = {name: changes.pop(name) for name in ("progress", "stop") if name in changes}
+        past = {name: changes.pop(name) for name in ("progress", "stop", "perturbed") if name in changes}
         settings = {
             "run": finished.path,
             "client": OWNER,
@@ -142,7 +147,8 @@ def test_a_stop_a_floor_and_a_divergence_hand_back_the_run_s_adapter(finished: A
 
 
 def test_retraining_never_sees_the_samples(finished: Any, forget: Unlearn) -> None:
-    outcome = forget(method="retrain")
+    other = {name: Perturbed("the door is green", ("red", "it is blue")) for name in finished.secret[:5]}
+    outcome = forget(method="retrain", perturbed=other)
     assert outcome.status == "retrained"
     assert outcome.exact
     assert outcome.start == {"from_round": 0, "first_exposure": 1}
@@ -150,6 +156,22 @@ def test_retraining_never_sees_the_samples(finished: Any, forget: Unlearn) -> No
     assert outcome.before is not None
     assert outcome.after.forget.exact_memorisation == 0 < outcome.before.forget.exact_memorisation
     assert [record.round for record in outcome.records] == [1, 2, 3]
+    # Compared with it, the adapter before unlearning stands out; without a reference nothing is said.
+    gap = against_reference(outcome.before, outcome.after)
+    assert gap.exact_memorisation_gap == 1
+    assert gap.forget_quality is not None
+    assert (gap.forget_quality.n, gap.forget_quality.n_reference) == (5, 5)
+    assert against_reference(outcome.after, outcome.after).forget_quality == ForgetQuality(1.0, 0.0, 5, 5)
+    assert against_reference(outcome.after, outcome.after).priv_leak == 0
+    assert against_reference(outcome.after, None) == Comparison()
+    # One truth ratio by hand, from the model's own words.
+    with Workspace(finished.path, OWNER, finished.secret, sites=finished.sites) as work:
+        work.edge.load_travelling(outcome.leaves)
+        sample = work.scope.forget[0]
+        rows = [replace(sample, answer=text) for text in ("the door is green", "red", "it is blue")]
+        right, *wrong = answer_losses(work.edge, work.llm, work.data(rows)).double().tolist()
+        p = [math.exp(-loss) for loss in (right, *wrong)]
+        assert outcome.after.forget.truth_ratios[0] == pytest.approx(math.sqrt(p[1] * p[2]) / p[0], rel=1e-4)
 
 
 def test_an_owner_without_retained_samples_compares_row_sums(finished: Any) -> None:
