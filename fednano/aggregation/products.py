@@ -179,7 +179,9 @@ def served(
             continue
         left, right = leaves[product.left].double() * product.scale, leaves[product.right].double()
         down = left / product.scale if product.down == "left" else right
-        follow = down if rank == spec.rank(site) else None
+        # Along the first ranks of the global factor: where the product has less rank than asked for, such as none at
+        # all before the first round, two factors of zeros would never learn.
+        follow = down[:, :rank] if product.down == "left" else down[:rank]
         pair = split_svd(product, truncated_svd(left, right, rank), rank, scale, follow)
         for name, leaf in zip((product.left, product.right), pair, strict=True):
             out[name] = leaf.to(spec.leaves[name].dtype).contiguous()

@@ -15,6 +15,7 @@ from fednano.federation.exchange import Delivery, Outstanding, exchange
 from fednano.federation.messages import Instruction, record_bytes
 from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals, sent_beside
 from fednano.federation.schedules import learning_rate_at
+from fednano.federation.specification import fingerprints, ranks_of
 from fednano.federation.uplink import PLAIN, codec_asked, unpack_fisher, unpack_update
 from fednano.training.seeds import generator
 
@@ -84,6 +85,7 @@ def instruct(
     fed: Federation, phase: str, rule: Rule, number: int, result: PhaseResult, clients: Collection[str]
 ) -> dict[str, Instruction]:
     """What each client is told in a round."""
+    ranks = ranks_of(fed.config, fed.spec, fed.nodes)
     base = Instruction(
         *(fed.config, phase, number, fed.ticket, False),
         advice=advise(rule, fed.spec, fed.config, number),
@@ -92,7 +94,11 @@ def instruct(
         run=fed.folder.id,
         extra=sent_beside(rule, fed.spec, result.memory),
     )
-    return {client: replace(base, accepted=result.accepted.get(client, 0)) for client in clients}
+    told = {client: replace(base, accepted=result.accepted.get(client, 0)) for client in clients}
+    for client in told if ranks else ():
+        own = rule.for_client(result.leaves, fed.spec, ranks=ranks[client])
+        told[client] = replace(told[client], leaves=descending(fed, rule, number, own))
+    return told
 
 
 def ask(
@@ -153,7 +159,12 @@ def read_update(fed: Federation, rule: Rule, delivery: Delivery, started_from: L
             "basis", f"trained on edge weights {got[:16]}, this run has {fed.edge[:16]}", delivery.client
         )
     names = rule.travelling(fed.spec, asked)
-    leaves, fisher = reply.leaves, reply.fisher
+    leaves, fisher, spec = reply.leaves, reply.fisher, fed.spec
+    ranks = ranks_of(fed.config, spec, fed.nodes).get(delivery.client)
+    if ranks and fed.nano is not None:
+        started_from = rule.for_client(started_from, spec, ranks=ranks)
+        wanted, basis = fingerprints(fed.nano, started_from)
+        spec = replace(spec, spec=wanted, basis=basis)
     codec = codec_asked(advise(rule, fed.spec, fed.config, asked))
     if codec is not None:
         try:
@@ -178,7 +189,7 @@ def read_update(fed: Federation, rule: Rule, delivery: Delivery, started_from: L
         metrics=metrics,
     )
     needs_fisher = bool(rule.client_config(asked).get("fisher"))
-    validate(update, fed.spec, round=asked, names=names, needs_fisher=needs_fisher)
+    validate(update, spec, round=asked, names=names, ranks=ranks, needs_fisher=needs_fisher)
     return update
 
 

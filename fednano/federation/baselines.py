@@ -100,6 +100,7 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
         rule,
         spec.algebra,
         products=bool(spec.products),
+        ranks_differ=bool(config.own_ranks),
         codec=config.codec,
         late=config.late == "buffer",
     )

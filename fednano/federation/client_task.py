@@ -83,7 +83,7 @@ _PASSING = frozenset(
             "lr-schedule",
             "lr-final",
         ),
-        *("start-from", "rank-schedule", "early-stop", "keep", "evaluate-clients-every"),
+        *("start-from", "rank-schedule", "client-ranks", "early-stop", "keep", "evaluate-clients-every"),
     }
 )
 """Settings that come with each request and decide nothing about what a process loads."""

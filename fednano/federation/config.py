@@ -82,6 +82,10 @@ class RunConfig:
     rank_schedule: str = _setting(
         "", "rank over the rounds: '1:4,6:8' is 4 from round 1 and 8 from round 6; empty = always 'rank'"
     )
+    client_ranks: str = _setting(
+        "",
+        "ranks of the clients, taken in turn by name: '4,8,16'; at most 'rank', which the server merges at",
+    )
     activation: str = _setting("linear", "non-linearity of the NanoAdapter: 'linear' or 'gelu'")
     scale: float = _setting(1.0, "factor on the adapter's output")
     adapter_options: str = _setting(
@@ -196,7 +200,9 @@ class RunConfig:
             if value not in allowed:
                 raise ConfigError(f"{_hyphen(name)} is {value!r}; expected one of {', '.join(allowed)}.")
         if self.exchange == "factored" and self.wire_dtype == "float16":
-            raise ConfigError("the factored exchange does not travel as float16; set wire-dtype to bfloat16 or int8.")
+            raise ConfigError(
+                "the factored exchange does not travel as float16; set wire-dtype to bfloat16 or int8."
+            )
         self._check_shares()
         self._check_schedules()
         parse_settings(self.adapter_options, "adapter-options")
@@ -215,6 +221,16 @@ class RunConfig:
             raise ConfigError(f"lr-final is {self.lr_final}; expected a number above 0 and at most 1.")
 
     def _check_schedules(self) -> None:
+        if any(not 1 <= rank <= self.rank for rank in self.own_ranks):
+            raise ConfigError(
+                f"client-ranks is {self.client_ranks!r}; expected ranks from 1 to rank, which is {self.rank}. Give the "
+                "server the largest rank of all clients."
+            )
+        if self.own_ranks and (self.rank_steps or self.late == "buffer"):
+            raise ConfigError(
+                "client-ranks goes neither with rank-schedule nor with late 'buffer': an update of another rank or "
+                "round could not be told from a wrong one. Leave one of them out."
+            )
         if self.evaluate_clients_every and not self.holdout:
             raise ConfigError("evaluate-clients-every needs samples that clients hold out; holdout is 0.")
         if (self.early_stop or self.keep == "best") and not (
@@ -245,6 +261,20 @@ class RunConfig:
         except ValueError as error:
             raise ConfigError(
                 f"rank-schedule is {self.rank_schedule!r}; expected pairs of round and rank such as '1:4,6:8'."
+            ) from error
+
+    @property
+    def own_ranks(self) -> list[int]:
+        """``client_ranks`` as numbers; empty where all clients have ``rank``.
+
+        Raises:
+            ConfigError: it is not a list of ranks.
+        """
+        try:
+            return [int(part) for part in self.client_ranks.split(",") if part.strip()]
+        except ValueError as error:
+            raise ConfigError(
+                f"client-ranks is {self.client_ranks!r}; expected ranks such as '4,8,16'."
             ) from error
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from fednano.federation.config import RunConfig
 from fednano.federation.schedules import fit_rank
 from fednano.models.edge import NanoEdge
 
-__all__ = ["algebra_of", "spec_of"]
+__all__ = ["algebra_of", "fingerprints", "ranks_of", "spec_of"]
 
 
 def algebra_of(edge: NanoEdge) -> str:
@@ -48,5 +48,25 @@ def spec_of(edge: NanoEdge, config: RunConfig, leaves: Mapping[str, Tensor] | No
         max_clients=max(2048, config.clients),
         max_abs=config.max_abs,
         max_norm=config.max_norm or None,
+        rank_limit=config.rank if config.own_ranks else None,
         max_weight=float(max(65536, config.samples * config.clients)),
     )
+
+
+def ranks_of(config: RunConfig, spec: Spec, clients: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Client name to the rank of each site, where clients have their own: the settings' ranks in turn, by name."""
+    own = config.own_ranks
+    if not own:
+        return {}
+    return {name: dict.fromkeys(spec.products, own[i % len(own)]) for i, name in enumerate(sorted(clients))}
+
+
+def fingerprints(edge: NanoEdge, leaves: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Fingerprints of configuration and basis that an update with the ranks of ``leaves`` must carry.
+
+    Args:
+        edge: takes on these ranks, see `fit_rank`.
+        leaves: of any values.
+    """
+    fit_rank(edge, leaves)
+    return edge.spec(), edge.basis_fingerprint()

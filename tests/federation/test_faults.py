@@ -91,7 +91,7 @@ def filled(reply: Reply, value: float) -> Reply:
 
 def other_shape(reply: Reply) -> Reply:
     assert reply.leaves is not None
-    return replace(reply, leaves={name: leaf[:-1].contiguous() for name, leaf in reply.leaves.items()})
+    return replace(reply, leaves={name: leaf[None] for name, leaf in reply.leaves.items()})
 
 
 FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {

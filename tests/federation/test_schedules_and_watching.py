@@ -65,6 +65,10 @@ def test_a_change_of_rank_keeps_what_it_can(laboratory: Any) -> None:
     lab.grid.close()
 
 
+RANK_SUMS = [("text.A", 0), ("text.B", 1), ("image.A", 0), ("image.B", 1)]
+"""Leaves, and the axis that is not their rank."""
+
+
 @pytest.mark.parametrize("rule", ["fedavg", "flexlora", "fedex"])
 def test_a_run_follows_its_rank_schedule(rule: str, laboratory: Any) -> None:
     lab = type(laboratory)(laboratory.settings)
@@ -72,6 +76,10 @@ def test_a_run_follows_its_rank_schedule(rule: str, laboratory: Any) -> None:
     result = lab.rounds(rule, fed=fed)
     ranks = [fed.folder.load_checkpoint(number).tensors["leaf.text.A"].shape[1] for number in (1, 2, 3)]
     assert ranks == [2, 3, 3]
+    last = fed.folder.load_checkpoint(3).tensors
+    assert all(
+        float(last[f"leaf.{name}"].abs().sum(dim=axis).min()) > 0 for name, axis in RANK_SUMS
+    )  # no rank is dead
     assert not [row for row in fed.folder.metrics() if "refused" in row]
     assert set(result.accepted.values()) == {3}
     lab.grid.close()
@@ -177,3 +185,34 @@ def test_clients_judge_between_rounds(laboratory: Any) -> None:
 def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig(**changes)
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "hetlora", "nested", "fedex", "flora"])
+def test_clients_of_different_rank(rule: str, laboratory: Any) -> None:
+    lab = type(laboratory)(laboratory.settings)
+    ranks = {"client-000": 2, "client-001": 4, "client-002": 2}
+    seen: dict[str, list[int]] = {name: [] for name in ranks}
+    fed = lab.federation(rule=rule, client_ranks="2,4", codec="int8" if rule != "flora" else "fp32")
+    memory: PhaseResult = lab.rounds(rule, fed=fed)
+    rows = [row for row in fed.folder.metrics() if row["scope"] == "client"]
+    assert not [row for row in rows if "refused" in row]
+    for row in rows:
+        seen[row["client"]].append(row["bytes"]["adapter_up"])
+    small, large = seen["client-000"], seen["client-001"]
+    assert all(few < many for few, many in zip(small, large, strict=True))
+    assert memory.leaves["text.A"].shape == (160, 4)
+    changes = [memory.tuned[name] for name in memory.tuned if name.endswith((".B", ".up"))]
+    assert any(float(leaf.abs().max()) > 0 for leaf in changes)
+    lab.grid.close()
+
+
+def test_ranks_that_cannot_be_merged_are_refused(laboratory: Any) -> None:
+    with pytest.raises(ConfigError, match="different ranks"):
+        laboratory.rounds("fedavg", client_ranks="2,4")
+    for changes, message in (
+        ({"client_ranks": "2,8"}, "largest rank"),
+        ({"client_ranks": "a"}, "ranks such as"),
+        ({"client_ranks": "2", "late": "buffer"}, "Leave one of them out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            laboratory.federation(**changes)
