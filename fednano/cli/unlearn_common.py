@@ -51,6 +51,9 @@ DataFolders = Annotated[
 ]
 
 
+_FIGURES = ("ihl", "retain_loss", "el", "ma")
+
+
 def open_desk(run: str, runs_dir: str, data: list[str] | None = None) -> Desk:
     """The desk of a run that is given by id or folder. Raises RunError where there is none."""
     from fednano.runs import RunFolder
@@ -106,6 +109,9 @@ def show_job(desk: Desk, job: Job, as_json: bool, extra: dict[str, Any] | None =
     given, needed = [each["name"] for each in body["approvals"]["given"]], body["approvals"]["needed"]
     if needed:
         typer.echo(f"  approvals: {len(given)} of {needed} {' '.join(given)}")
+    for each in body["rounds"]:
+        figures = [f"{name} {each[name]:.4f}" for name in _FIGURES if each[name] is not None]
+        typer.echo(f"  round {each['number']}/{each['of']}  {'  '.join(figures)}")
     for move in body["history"]:
         typer.echo(f"  {move['time']}  {move['target']:<11} {move['actor']}  {move['note']}".rstrip())
 

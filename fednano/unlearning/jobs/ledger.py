@@ -83,7 +83,8 @@ class Ledger:
         whole = sum(len(each) + 1 for each in lines)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            handle = os.open(self.path, flags, 0o600)
             try:
                 os.ftruncate(handle, whole)  # what a killed process left of a line
                 os.lseek(handle, whole, os.SEEK_SET)
