@@ -135,6 +135,11 @@ def export_run(
         raise ConfigError(f"rank: got {rank}; expected at least 1, and only with format 'peft'.")
     folder = RunFolder.open(run, root=runs_dir)
     config, edge = tuned_edge(folder)
+    if edge.beside and kind != "safetensors":
+        raise ConfigError(
+            f"run {folder.id} ended with a residual beside its adapters (rule {config.rule!r}), which format {kind!r} "
+            "would leave out. Export 'safetensors', or tune with a rule that leaves none, such as 'flexlora'."
+        )
     target = out if out is not None else folder.path / "export" / kind
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"the folder {target} is not empty. Choose another with --out, or remove it.")

@@ -170,6 +170,8 @@ def test_residuals_act_like_the_adapter_they_replace(laboratory: Any) -> None:
 
 
 def test_flora_starts_afresh_and_its_run_can_be_asked(run: Any) -> None:
+    from fednano.errors import ConfigError
+    from fednano.export import export_run
     from fednano.federation.answer import answer
     from fednano.runs import RunFolder
 
@@ -183,6 +185,10 @@ def test_flora_starts_afresh_and_its_run_can_be_asked(run: Any) -> None:
             answer(str(path), row["question"], image=path / row["image"], max_new_tokens=3)
             == row["federated"]
         )
+    with pytest.raises(
+        ConfigError, match="residual beside its adapters"
+    ):  # a LoRA checkpoint would leave it out
+        export_run(str(path), "peft")
 
 
 @pytest.mark.parametrize("rule", ["fedex", "rolora", "flexlora"])
