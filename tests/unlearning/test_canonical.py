@@ -8,7 +8,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.unlearning.jobs.canonical import canonical, parse_canonical
@@ -56,6 +56,7 @@ def test_keys_are_sorted_by_utf16_units_as_in_the_rfc() -> None:
 
 
 @given(JSON)
+@settings(deadline=None)
 def test_what_is_written_is_read_back_and_has_one_form(value: Any) -> None:
     content = canonical(value)
     again = parse_canonical(content)
@@ -64,6 +65,7 @@ def test_what_is_written_is_read_back_and_has_one_form(value: Any) -> None:
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
+@settings(deadline=None)
 def test_no_float_loses_a_bit(value: float) -> None:
     assert float(canonical(value)) == value
 

@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80, deadline=None)
 def test_any_changed_byte_of_a_receipt_is_found(data: st.DataObject, world: World) -> None:
     content = bytearray(world.place.receipt("u0002").read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
@@ -40,7 +40,7 @@ def test_any_changed_byte_of_a_receipt_is_found(data: st.DataObject, world: Worl
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=80, deadline=None)
 def test_any_changed_byte_of_the_log_is_found(data: st.DataObject, world: World) -> None:
     content = bytearray((world.place.root / "log.jsonl").read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
@@ -52,7 +52,7 @@ def test_any_changed_byte_of_the_log_is_found(data: st.DataObject, world: World)
 
 
 @given(junk=st.binary(max_size=8), place=st.integers(0, 3000), cut=st.integers(0, 20))
-@settings(max_examples=80)
+@settings(max_examples=50, deadline=None)
 def test_inserted_and_removed_bytes_are_found(junk: bytes, place: int, cut: int, world: World) -> None:
     content = world.place.receipt("u0001").read_bytes()
     place = min(place, len(content))
