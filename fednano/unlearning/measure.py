@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from fednano.data import Sample
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LocalLLM
@@ -23,6 +21,7 @@ from fednano.unlearning.metrics import (
     exact_memorisation,
     extraction_strength,
     forget_quality,
+    inverted_hinge_score,
     loss_score,
     memorisation_accuracy,
     min_k_plus_plus_score,
@@ -35,7 +34,6 @@ from fednano.unlearning.metrics import (
     zlib_score,
 )
 from fednano.unlearning.probe import extraction_likelihoods, token_scores
-from fednano.unlearning.targets import without_end
 
 __all__ = [
     "Comparison",
@@ -195,20 +193,10 @@ def score_set(
         extraction_strength=fmean(extraction_strength(each.correct) for each in scores),
         ma=fmean(map(memorisation_accuracy, scores)),
         el=fmean(defined) if defined else None,
-        ihl=_inverted_hinge(edge, llm, data),
+        ihl=fmean(map(inverted_hinge_score, scores)),
         rouge_l=rouge,
         truth_ratios=truth_ratios(edge, llm, data, features, perturbed) if perturbed and features else (),
     )
-
-
-@torch.no_grad()
-def _inverted_hinge(edge: NanoEdge, llm: LocalLLM, data: ClientData, batch_size: int = 32) -> float:
-    total = 0.0
-    for start in range(0, len(data), batch_size):
-        batch = edge(*data.batch(range(start, min(start + batch_size, len(data)))))
-        labels = without_end(batch.labels, edge.edge.tokenizer.eos_token_id)
-        total += float(llm.loss(batch.embeds, batch.mask, labels, "inverted_hinge").double().sum())
-    return total / len(data)
 
 
 def truth_ratios(

@@ -83,8 +83,9 @@ def token_scores(
         mean = (p * log).sum(-1)
         deviation = (p * (log - mean[:, None]).square()).sum(-1).sqrt()
         own = log.gather(-1, wanted[:, None]).squeeze(-1)
+        rival = log.scatter(-1, wanted[:, None], -torch.inf).max(-1).values
         right = log.argmax(-1) == wanted
-        columns = [value.cpu().numpy() for value in (own, right, mean, deviation)]
+        columns = [value.cpu().numpy() for value in (own, right, mean, deviation, rival)]
         ends = np.cumsum(counts)[:-1]
         for parts in zip(*(np.split(column, ends) for column in columns), strict=True):
             found.append(TokenScores(*parts))

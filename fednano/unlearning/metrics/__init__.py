@@ -8,6 +8,7 @@ from fednano.unlearning.metrics.memorisation import (
     exact_memorisation,
     extraction_likelihood,
     extraction_strength,
+    inverted_hinge_score,
     memorisation_accuracy,
     probability,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "extraction_likelihood",
     "extraction_strength",
     "forget_quality",
+    "inverted_hinge_score",
     "loss_score",
     "memorisation_accuracy",
     "min_k_plus_plus_score",

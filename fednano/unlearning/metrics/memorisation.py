@@ -27,6 +27,7 @@ __all__ = [
     "exact_memorisation",
     "extraction_likelihood",
     "extraction_strength",
+    "inverted_hinge_score",
     "memorisation_accuracy",
     "probability",
 ]
@@ -41,18 +42,21 @@ class TokenScores:
         correct: ``(T,)`` whether it is the likeliest token.
         mean: ``(T,)`` expectation of the log-probability under the model's own distribution.
         deviation: ``(T,)`` its standard deviation.
+        rival: ``(T,)`` log-probability of the likeliest other token.
     """
 
     log_probs: NDArray[np.float64]
     correct: NDArray[np.bool_]
     mean: NDArray[np.float64]
     deviation: NDArray[np.float64]
+    rival: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        shapes = {array.shape for array in (self.log_probs, self.correct, self.mean, self.deviation)}
+        arrays = (self.log_probs, self.correct, self.mean, self.deviation, self.rival)
+        shapes = {array.shape for array in arrays}
         if len(shapes) != 1 or self.log_probs.ndim != 1 or not self.log_probs.size:
             raise DataError(
-                f"token scores have the shapes {sorted(shapes)}; expected four arrays (T,) with T >= 1."
+                f"token scores have the shapes {sorted(shapes)}; expected five arrays (T,) with T >= 1."
             )
 
     @property
@@ -64,6 +68,11 @@ class TokenScores:
 def probability(scores: TokenScores) -> float:
     """Geometric mean of the tokens' probabilities, in ``[0, 1]``."""
     return float(np.exp(-scores.loss))
+
+
+def inverted_hinge_score(scores: TokenScores) -> float:
+    """Mean inverted hinge ``1 + p_t - max_{v != t} p_v`` of the tokens, in ``[0, 2]``: what LoKU minimises."""
+    return float((1 + np.exp(scores.log_probs) - np.exp(scores.rival)).mean())
 
 
 def exact_memorisation(scores: TokenScores) -> float:

@@ -111,7 +111,7 @@ class Finished:
 def small_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small-vqa")
     (folder / "images").mkdir()
-    for split, count in (("train", 40), ("test", 24)):
+    for split, count in (("train", 40), ("test", 16)):
         rows = []
         for sample in list(load_easy_vqa(split))[:count]:
             assert sample.image is not None

@@ -198,6 +198,8 @@ def test_token_scores_equal_the_undivided_model(
             torch.tensor(got[index].log_probs), log.gather(1, y[:, None])[:, 0], rtol=1e-4, atol=1e-6
         )
         assert got[index].correct.tolist() == (p.argmax(-1) == y).tolist()
+        others = log.masked_fill(torch.nn.functional.one_hot(y, log.shape[1]).bool(), -torch.inf)
+        torch.testing.assert_close(torch.tensor(got[index].rival), others.amax(-1), rtol=1e-4, atol=1e-6)
         mean = (p * log).sum(-1)
         torch.testing.assert_close(torch.tensor(got[index].mean), mean, rtol=1e-4, atol=1e-6)
         spread = ((p * log.square()).sum(-1) - mean.square()).sqrt()

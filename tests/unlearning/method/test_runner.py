@@ -21,7 +21,7 @@ from fednano.models.fingerprint import fingerprint
 from fednano.runs import RunFolder, make_view
 from fednano.runs.tombstones import Tombstone, Tombstones, sample_hash, write_tombstones
 from fednano.training.answers import answer_losses
-from fednano.unlearning.measure import Comparison, Perturbed, against_reference
+from fednano.unlearning.measure import Comparison, Measurement, Perturbed, against_reference
 from fednano.unlearning.methods import get_method
 from fednano.unlearning.metrics import ForgetQuality
 from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome, UnlearnRequest
@@ -36,9 +36,26 @@ OWNER = "client-001"
 Unlearn = Callable[..., UnlearnOutcome]
 
 
+MEASURED: dict[str, Measurement] = {}
+
+
 @pytest.fixture
-def forget(finished: Any) -> Unlearn:
-    """Unlearn the secret; keywords change the request, ``progress`` and ``stop`` go past it."""
+def forget(finished: Any, monkeypatch: Any) -> Unlearn:
+    """Unlearn the secret; keywords change the request, ``progress`` and ``stop`` go past it.
+
+    Measuring is a function of scope and leaves alone, so each adapter is measured once in all tests together.
+    """
+    measure = Workspace.measure
+
+    def once(work: Workspace, leaves: dict[str, torch.Tensor]) -> Measurement:
+        content = b"".join(leaves[name].numpy().tobytes() for name in sorted(leaves))
+        scope = repr((sorted(s.id for s in work.scope.forget), work.perturbed, work.seed)).encode()
+        key = hashlib.sha256(scope + content).hexdigest()
+        if key not in MEASURED:
+            MEASURED[key] = measure(work, leaves)
+        return MEASURED[key]
+
+    monkeypatch.setattr(Workspace, "measure", once)
 
     def call(**changes: Any) -> UnlearnOutcome:
         past = {name: changes.pop(name) for name in ("progress", "stop", "perturbed") if name in changes}
