@@ -75,7 +75,7 @@ def memorised(parts: tuple[EdgePart, LocalLLM], texts: list[Sample]) -> dict[str
     nano = NanoEdge(parts[0], {"text": create("nano", rank=4)}, seed=0)
     data = ClientData(texts, nano, FeatureCache(parts[0]))
     moving = {n: torch.ones_like(v, dtype=torch.bool) for n, v in nano.travelling().items()}
-    hard = LocalSettings(steps=100, batch_size=12, learning_rate=0.05)
+    hard = LocalSettings(steps=60, batch_size=12, learning_rate=0.08)
     steps(nano, parts[1], hard, retain=data, moving=moving, seed=0, client="all", round_number=1)
     assert answer_losses(nano, parts[1], data).mean() < 2.5  # of 5.3 where it knows nothing
     return nano.travelling()
