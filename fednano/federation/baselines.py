@@ -17,7 +17,7 @@ from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_poole
 from fednano.federation.schedules import check_schedules
 from fednano.federation.uplink import codec_for
 
-__all__ = ["BaselineResult", "build_rule", "check_rule", "run_baselines"]
+__all__ = ["BaselineResult", "build_rule", "check_rule", "other_rule", "run_baselines"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run_baselines(fed: Federation, start: Leaves) -> dict[str, BaselineResult]:
         raise ConfigError(
             "baselines need everybody's data in one place, which only a simulation has. Switch baselines off."
         )
-    other = "fedavg" if fed.config.rule == "fisher" else "fisher"
+    other = other_rule(fed.config)
     return {
         other: _other_rule(fed, other, start),
         "local-only": _local_only(fed, start),
@@ -75,6 +75,11 @@ def build_rule(config: RunConfig, name: str) -> Rule:
             rule, malicious=min(rule.malicious, max(0, needed_clients(config, config.clients) - 3) // 4)
         )
     return rule
+
+
+def other_rule(config: RunConfig) -> str:
+    """The rule that a run with baselines is compared with."""
+    return "fedavg" if config.rule == "fisher" else "fisher"
 
 
 def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:

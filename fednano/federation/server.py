@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from fednano.aggregation import Rule
 from fednano.errors import FednanoError, Interrupted, RunError
-from fednano.federation.baselines import BaselineResult, build_rule, check_rule, run_baselines
+from fednano.federation.baselines import BaselineResult, build_rule, check_rule, other_rule, run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
@@ -38,6 +38,7 @@ from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import build_edge, connect, gathers, use_threads
 from fednano.federation.outcome import write_outcome
 from fednano.federation.rounds import MAIN_PHASE, Federation, Leaves, PhaseResult, run_rounds
+from fednano.federation.schedules import fit_rank
 from fednano.federation.specification import spec_of
 from fednano.federation.watching import judge_on_clients, mean_accuracy
 from fednano.models.edge import NanoEdge
@@ -162,6 +163,8 @@ def _run(
     starting = starter.submit(host.enter_context, open_host(config, view, folder.path / "host.log"))
     edge = build_edge(config)
     check_rule(rule, spec_of(edge, config), config)
+    if config.baselines:  # refused now, not after hours of training
+        check_rule(build_rule(config, other_rule(config)), spec_of(edge, config), config)
     nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
     grid = ForgettingGrid(grid, folder.path)
     clients = _introduce(grid, nodes, config, edge.travelling(), edge, stop)
@@ -198,6 +201,7 @@ def _run(
     phase_began = time.monotonic()
     result = run_rounds(fed, MAIN_PHASE, rule, resumed)
     seconds = time.monotonic() - phase_began
+    fit_rank(edge, result.leaves)
     folder.save_adapter(result.tuned, _adapter_info(config, edge, ticket))
     final = judge_all(fed, MAIN_PHASE, result.rounds, result.tuned)
     baselines = _judge_clients(fed, rule, result)

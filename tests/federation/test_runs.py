@@ -276,6 +276,7 @@ class TestBadInput:
             ({"rule": "fedavgg"}, ConfigError, "fedavgg"),
             ({"rule": "fedex", "adapter": "shira"}, ConfigError, "rule 'fedex'"),
             ({"rule": "scaffold", "codec": "sign"}, ConfigError, "cannot bear codec 'sign'"),
+            ({"rule": "flexlora", "client_ranks": "2,4", "baselines": True}, ConfigError, "rule 'fisher'"),
             ({"rule": "rolora", "late": "buffer"}, ConfigError, "late ones cannot be buffered"),
             ({"rule": "fisher", "rule_options": "flor=1"}, ConfigError, "no option flor"),
             ({"adapter_options": "alpha=8"}, ConfigError, "no option 'alpha'"),
