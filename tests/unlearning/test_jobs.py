@@ -499,6 +499,22 @@ class TestUndoing:
         with pytest.raises(JobStateError, match="is purged"):
             roll_back(world.desk, job.id, world.server, actor="test", reason="")
 
+    def test_purging_an_earlier_job_leaves_a_later_one_its_way_back(self, world: World) -> None:
+        one, two = committed(world), committed(world, ids=world.ids(start=5, count=2))
+        purge(world.place, one.id, "delete", world.server, actor="test")
+        roll_back(world.desk, two.id, world.server, actor="test", reason="")
+        assert world.adapter() == tensors(5.0)  # as the first job left it
+        with pytest.raises(JobStateError, match="is purged"):
+            roll_back(world.desk, one.id, world.server, actor="test", reason="")
+
+    def test_purging_a_later_job_takes_the_earlier_ones_way_back(self, world: World) -> None:
+        one, two = committed(world), committed(world, ids=world.ids(start=5, count=2))
+        purge(world.place, two.id, "delete", world.server, actor="test")
+        left = [p.relative_to(world.place.root) for p in (world.place.root / "jobs").rglob("*.safetensors")]
+        assert [str(path) for path in left] == [f"jobs/{two.id}/after.safetensors"]
+        with pytest.raises(JobStateError, match=r"has changed since|is purged"):
+            roll_back(world.desk, one.id, world.server, actor="test", reason="")
+
     def test_checkpoints_before_first_exposure_and_after_the_commit_are_clean(self, world: World) -> None:
         job = committed(world, ids=world.ids(start=16, count=2))  # drawn from round 2 on
         folder = RunFolder(world.run)

@@ -94,7 +94,8 @@ def roll_back(desk: Desk, identity: str, signer: Signer, *, actor: str, reason: 
             )
         batch = [each for each in store.jobs(State.COMMITTED) if each.batch == job.batch]
         ids = [each.id for each in batch]
-        if any(each.facts.get("purge", {}).get("mode") == "delete" for each in batch):
+        kept = place.staging(job.batch) / "before.safetensors"
+        if any(each.facts.get("purge", {}).get("mode") == "delete" for each in batch) or not kept.is_file():
             raise JobStateError(f"job {identity} is purged: the adapter of before no longer exists.")
         current = place.adapter()[0]
         if current != job.facts["adapter_after"]:

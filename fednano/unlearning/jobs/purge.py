@@ -176,8 +176,13 @@ def _reachable(place: Place, first: int, epoch: int) -> Iterator[tuple[Path, str
         if number >= first:
             yield state.parent, "checkpoint", f"round {number}, first exposure in round {first}"
     current = place.adapter()[0]
+    epochs = {job.batch: int(job.facts["epoch"]) for job in place.store.jobs() if "epoch" in job.facts}
+    at_work = {job.batch for job in place.store.jobs(State.RUNNING, State.VERIFYING)}
     for path in sorted((place.root / "jobs").glob("*/*.safetensors")):
-        if sha256_hex(path.read_bytes()) != current:
+        made = epochs.get(path.parent.name, 0)
+        # What a later job kept, and this one's own outcome, were made without the samples.
+        clean = made > epoch or (made == epoch and path.stem == "after") or path.parent.name in at_work
+        if not clean and sha256_hex(path.read_bytes()) != current:
             yield path, "escrow", "an adapter of before the commit, kept for rollback"
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
