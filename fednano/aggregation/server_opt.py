@@ -128,6 +128,17 @@ class ServerOptimiser(Rule):
         below = {k.removeprefix("over/"): v for k, v in memory.items() if k.startswith("over/")}
         return self._inner().downlink(below)
 
+    def for_client(
+        self,
+        leaves: Leaves,
+        spec: Spec,
+        *,
+        ranks: Mapping[str, int] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> Leaves:
+        """As the rule below."""
+        return self._inner().for_client(leaves, spec, ranks=ranks, scales=scales)
+
     def _step(self, d: Tensor, m: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """From the change ``d`` and both moments (one shape): the move, and the new moments."""
         raise NotImplementedError

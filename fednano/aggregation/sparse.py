@@ -148,6 +148,8 @@ class DareTies(Ties):
         summary="random entries of each change, rescaled, elected signs",
         paper="2311.03099",
         exact_note="a sign-elected mean of randomly thinned changes",
+        codecs_refused=frozenset(),  # chance picks the entries, not their size
+        codecs_note="",
     )
 
     def _sparse(self, change: Tensor, state: State, update: Update, name: str) -> Tensor:

@@ -175,3 +175,36 @@ def test_ranks_capability_is_true_to_behaviour() -> None:
         small = rule.for_client(merged, spec, ranks={"q": 2})
         assert small["q.A"].shape == (2, 8)
         assert small["q.B"].shape == (6, 2)
+
+
+def test_a_server_optimiser_hands_on_what_the_rule_below_sends() -> None:
+    leaves = {"t.A": torch.randn(8, 4), "t.B": torch.zeros(4, 8)}
+    spec = Spec(
+        leaves={name: LeafSpec(tuple(leaf.shape)) for name, leaf in leaves.items()},
+        products={"t": Product("t.A", "t.B", down="left")},
+    )
+    over = create_rule("fedavgm", over="flexlora")
+    served = over.for_client(leaves, spec, ranks={"t": 2})
+    assert served["t.A"].shape == (8, 2)
+    assert (
+        torch.linalg.matrix_rank(served["t.A"]) == 2
+    )  # a product of no rank yet leaves factors that can learn
+    assert not served["t.B"].any()
+    control = {"over/c/t.A": torch.ones(8, 4, dtype=torch.float64), "m/t.A": torch.zeros(8, 4)}
+    assert set(create_rule("fedavgm", over="scaffold").downlink(control)) == {"control/t.A"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "asked", "reason"),
+    [
+        ("rolora", {"late": True}, "cannot be buffered"),
+        ("ties", {"codec": "sign"}, "one bit has none"),
+        ("fedavgm", {"codec": "topk"}, ""),
+    ],
+)
+def test_late_updates_and_codecs(rule: str, asked: dict[str, object], reason: str) -> None:
+    if not reason:
+        check_combination(rule, "multilinear", **asked)  # type: ignore[arg-type]
+        return
+    with pytest.raises(ConfigError, match=reason):
+        check_combination(rule, "multilinear", **asked)  # type: ignore[arg-type]
