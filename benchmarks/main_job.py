@@ -1,8 +1,9 @@
 """The main job over several seeds, with its baselines: writes ``benchmarks/results/main_job.json``.
 
-    .venv/bin/python benchmarks/main_job.py --seeds 0 1 2
+    .venv/bin/python benchmarks/main_job.py --seeds 0 1 2 [--again]
 
-Every number comes from the summary of a real run: five clients, language host, real data, the full test set.
+Every number comes from the summary of a real run: five clients, language host, real data, the full test set. A seed
+that the file holds already is not run again unless asked; each row names the commit that it was measured on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results import Gate, write_results
+from results import Gate, current_commit, read_results, write_results
 
 from fednano.federation.config import RunConfig
 from fednano.federation.simulation import simulate
@@ -29,7 +30,7 @@ def measure(seed: int, runs_dir: str) -> dict[str, Any]:
     """Run the default job with its baselines for one seed."""
     path = simulate(RunConfig(seed=seed, baselines=True, evaluate_every=0, runs_dir=runs_dir))
     summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
-    row: dict[str, Any] = {"seed": seed}
+    row: dict[str, Any] = {"seed": seed, "commit": current_commit()}
     row |= {name: summary["accuracy"][name] for name in PHASES}
     row["fisher_minus_fedavg"] = row["fisher"] - row["federated"]
     row["local_only_range"] = summary["extra"]["spread"]["local-only"]
@@ -68,11 +69,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs-dir", default="runs/main-job")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="measure seeds anew that the file holds already")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    gates: list[Gate] = []
+    old = read_results(options.json)["rows"] if options.json.exists() and not options.again else []
+    rows = [row for row in old if row["seed"] in options.seeds]
     for seed in options.seeds:  # written after each seed: a run that is cut off leaves what it measured
-        rows.append(measure(seed, options.runs_dir))
+        if all(row["seed"] != seed for row in rows):
+            rows.append(measure(seed, options.runs_dir))
+            rows.sort(key=lambda row: options.seeds.index(row["seed"]))
         gates = write(rows, options.json)
     for gate in gates:
         print(f"{gate.name}: {gate.value:.4f} {gate.sense} {gate.bound}: {'met' if gate.met else 'MISSED'}")

@@ -33,8 +33,6 @@ def test_lora_sb_runs_on_a_basis_from_the_clients_gradients_and_resumes_on_it(ru
     again = run(adapter="lora-sb", rounds=1, gather_samples=8)
     assert (again / BASIS_FILE).read_bytes() == (first / BASIS_FILE).read_bytes()
     assert (again / "adapter.safetensors").read_bytes() == (first / "adapter.safetensors").read_bytes()
-    more = run(adapter="lora-sb", rounds=1, gather_samples=16)
-    assert (more / BASIS_FILE).read_bytes() != (first / BASIS_FILE).read_bytes()
     assert answer(str(first), "is there a circle?")
     resumed = run(resume=first.name)
     assert (resumed / "adapter.safetensors").read_bytes() == (again / "adapter.safetensors").read_bytes()

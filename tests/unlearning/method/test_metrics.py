@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
@@ -213,6 +213,7 @@ def test_truth_ratio_scores() -> None:
 
 
 @settings(deadline=None, max_examples=30)
+@example(seed=602, n=5, m=5)  # p = 1, past which rounding carries scipy's exact count
 @given(seed=st.integers(0, 999), n=st.integers(2, 6), m=st.integers(2, 6))
 def test_forget_quality_equals_counting_all_arrangements(seed: int, n: int, m: int) -> None:
     random = np.random.default_rng(seed)
@@ -232,7 +233,7 @@ def test_forget_quality_equals_counting_all_arrangements(seed: int, n: int, m: i
     assert (got.n, got.n_reference) == (n, m)
     # Logarithm and reciprocal of the ratios are the same test: only the order counts.
     assert forget_quality(np.exp(-a), np.exp(-b)).p == pytest.approx(got.p)
-    assert forget_quality(a, b).p == pytest.approx(stats.ks_2samp(b, a).pvalue)
+    assert forget_quality(b, a).p == pytest.approx(got.p)
 
 
 def test_forget_quality_of_equal_and_disjoint_samples() -> None:
