@@ -27,8 +27,10 @@ from fednano.federation.apps import client_app
 from fednano.federation.config import RunConfig
 from fednano.federation.exchange import Stop
 from fednano.federation.inprocess import InProcessGrid
+from fednano.federation.model import build_edge, client_name, load_training_data, partition_samples
 from fednano.federation.server import run_server
 from fednano.runs import QuietView, RunFolder, make_view
+from fednano.training.data import draw
 
 Run = Callable[..., Path]
 
@@ -120,15 +122,35 @@ def test_the_order_of_replies_does_not_matter(rule: str, run: Run, settings: dic
     assert adapter_bytes(path) == expected
 
 
-def test_a_run_through_the_host_equals_the_run_without(run: Run) -> None:
+def tokens_trained_on(config: RunConfig) -> tuple[int, int]:
+    """Tokens of all samples that all clients train on in a run, image tokens included, and the steps they take."""
+    edge, dataset = build_edge(config).edge, load_training_data(config.dataset)
+    image_tokens = 16
+    tokens = steps = 0
+    for number in range(config.clients):
+        mine, _ = partition_samples(config, dataset, number, config.clients)
+        drawn = draw(
+            len(mine), config.rounds * config.samples, seed=config.seed, client=client_name(number), start=0
+        )
+        for index in drawn:
+            prompt = edge.prompt(mine[index].question, mine[index].answer)
+            tokens += len(prompt.ids) - 1 + image_tokens + len(prompt.answer)
+        steps += config.rounds * -(-config.samples // config.batch_size)
+    return tokens, steps
+
+
+def test_a_run_through_the_host_equals_the_run_without(run: Run, settings: dict[str, Any]) -> None:
     local, split = run(rule="fisher"), run(rule="fisher", placement="split")
     assert adapter_bytes(split) == adapter_bytes(local)  # to the bit, so well within 1e-6
     summary = json.loads((split / "summary.json").read_text())
-    width = 160
-    for direction in ("up", "down"):
-        per_sample = summary["bytes"][f"activation_{direction}_per_sample_step"]
-        # At least the image tokens, at most the longest sample, each one float32 row.
-        assert 16 * width * 4 < per_sample < 128 * width * 4
+    # Counted on the wire, and what arithmetic says: float32 rows up, with an int32 label each, and float32 rows down; a
+    # header a step, and a few bytes around each message.
+    config = RunConfig(**settings, rule="fisher")
+    tokens, steps = tokens_trained_on(config)
+    samples = config.clients * config.rounds * config.samples
+    for direction, row in (("up", 160 * 4 + 4), ("down", 160 * 4)):
+        counted = summary["bytes"][f"activation_{direction}_per_sample_step"] * samples
+        assert tokens * row < counted < tokens * row + 400 * steps
     answers = [json.loads((path / "predictions.json").read_text()) for path in (local, split)]
     assert [row["federated"] for row in answers[0]] == [row["federated"] for row in answers[1]]
 
