@@ -276,6 +276,12 @@ def run_queue(
     runs_dir: RunsDir = "runs",
     data: DataFolders = None,
     server_key: ServerKey = None,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            help="Also retrain without the samples, to compare; costs what that part of the run did."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Work on the queue until it is empty; finish first what a killed worker left. Code 5 if a job did not commit."""
@@ -287,7 +293,7 @@ def run_queue(
     desk = open_desk(run, runs_dir, data)
     signer = desk.place.server_key(server_key)
     tell = (lambda text: None) if as_json else typer.echo
-    done = work(desk, LokuRunner(data_folders(data)), signer, tell=tell)
+    done = work(desk, LokuRunner(data_folders(data), reference=reference), signer, tell=tell)
     if as_json:
         typer.echo(json.dumps([summary(job) for job in done], indent=1))
     elif not done:

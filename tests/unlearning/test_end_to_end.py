@@ -152,6 +152,25 @@ def test_from_key_to_receipt_to_a_run_without_the_samples(
     assert found[path.name] == "run"
 
 
+def test_a_retrained_reference_stands_in_the_receipt_when_asked_for(
+    desk: Desk, site: Signer, place: Place
+) -> None:
+    holding = desk.holdings.holding("client-000")
+    assert holding is not None
+    second = [each for each, number in holding.first_round.items() if number == 2][:2]
+    job = ask(desk, site, second, plan=Plan(method="ihl", rounds=1, steps=1, utility_floor=0.1))
+    (done,) = work(desk, LokuRunner(reference=True), place.server_key())
+    assert done.state is State.COMMITTED, done.note
+    body = verify_receipt(
+        place.receipt(job.id).read_bytes(), place.server_key().public, log=place.root / "log.jsonl"
+    )
+    assert body["reference"] == "retrained"
+    ours, theirs = body["metrics"]["after"]["forget"], body["metrics"]["reference"]["forget"]
+    gap = body["metrics"]["reference"]["comparison"]["exact_memorisation_gap"]
+    assert gap == pytest.approx(ours["exact_memorisation"] - theirs["exact_memorisation"])
+    assert body["cost"]["client_seconds"] > 0
+
+
 def test_another_base_model_is_seen_before_anything_is_done(desk: Desk, site: Signer, place: Place) -> None:
     info = place.folder.read_json("adapter.json")
     place.folder.write_json("adapter.json", {**info, "edge": "0" * 64})

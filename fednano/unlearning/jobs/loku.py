@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ class LokuRunner:
 
     Args:
         data: site -> its own data folder, for runs of real sites; every site's is needed then.
+        reference: also retrain without the samples, and put what that adapter scores beside the unlearned one's. As
+            dear as the run was, from the first round that saw one of them.
     """
 
-    def __init__(self, data: Mapping[str, Path] | None = None) -> None:
-        self._data = dict(data or {})
+    def __init__(self, data: Mapping[str, Path] | None = None, *, reference: bool = False) -> None:
+        self._data, self._reference = dict(data or {}), reference
 
     def __call__(self, task: Task, *, progress: Callable[[Round], None], stop: Callable[[], bool]) -> Result:
         """Unlearn; see :class:`~fednano.unlearning.jobs.runner.Runner`."""
@@ -47,10 +50,19 @@ class LokuRunner:
         request = UnlearnRequest(
             run=task.run, client=task.site, samples=task.samples, runs_dir=task.run.parent, **vars(task.plan)
         )
-        outcome = unlearn(request, progress=tell, stop=stop, sites=self._sites(task.run))
+        sites = self._sites(task.run)
+        outcome = unlearn(request, progress=tell, stop=stop, sites=sites)
         if outcome.status == "stopped":
             raise Interrupted("the unlearning was asked to end.")
-        return result_of(outcome, pack(outcome.leaves))
+        result = result_of(outcome, pack(outcome.leaves))
+        if not self._reference or not result.accepted or outcome.exact:
+            return result  # nothing to judge, or exact already
+        retrained = unlearn(
+            replace(request, method="retrain"), progress=lambda record: None, stop=stop, sites=sites
+        )
+        if retrained.status == "stopped":
+            raise Interrupted("the unlearning was asked to end.")
+        return with_reference(result, outcome, retrained)
 
     def _sites(self, run: Path) -> dict[str, SiteData] | None:
         """Real sites' samples; ``None`` leaves it to the runner, which knows simulated ones."""
@@ -85,6 +97,22 @@ def result_of(outcome: UnlearnOutcome, payload: bytes) -> Result:
         accepted=reason is None,
         reasons=() if reason is None else (reason,),
         approximations=_approximations(outcome),
+    )
+
+
+def with_reference(result: Result, outcome: UnlearnOutcome, retrained: UnlearnOutcome) -> Result:
+    """A result with the figures of an adapter that was retrained without the samples, and the comparison."""
+    from fednano.unlearning.measure import against_reference
+
+    figures: Any = retrained.to_json()["after"]
+    if figures is None or outcome.after is None:
+        return result
+    compared = against_reference(outcome.after, retrained.after)
+    known = {name: value for name, value in asdict(compared).items() if value is not None}
+    return replace(
+        result,
+        reference={**figures, "comparison": known, "client_seconds": retrained.client_seconds},
+        reference_kind="retrained",
     )
 
 
