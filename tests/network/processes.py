@@ -68,7 +68,7 @@ class Sandbox:
         return process
 
     def run(
-        self, *command: str, timeout: float = 420, check: bool = True
+        self, *command: str, timeout: float = 900, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             command,
