@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
 
 from fednano.adapters import philox, sites
-from fednano.adapters.fused import fused_low_rank
+from fednano.adapters.fused import LowRank
 from fednano.adapters.method import Method
 from fednano.adapters.protocol import Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.registry import register
@@ -91,21 +90,9 @@ class LoRA(Scaled):
         """``s B (A x)``."""
         return self.scale * sites.low_rank(site, x, theta["A"], theta["B"])
 
-    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
-        """``A x`` and ``s B``."""
-        return x @ theta["A"].T, self.scale * theta["B"].T
-
-    def fused(
-        self,
-        kernels: ModuleType,
-        site: Site,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor] | None,
-        theta: Tensors,
-        basis: Tensors,
-    ) -> Tensor | None:
-        """By `fednano.adapters.fused.fused_low_rank`."""
-        return fused_low_rank(kernels, site, x, base, theta["A"], theta["B"], self.scale)
+    def low_rank_form(self, theta: Tensors, basis: Tensors) -> LowRank:
+        """A, B and s."""
+        return LowRank(theta["A"], theta["B"], self.scale)
 
 
 @register("ffa")
@@ -169,20 +156,7 @@ class FFA(Scaled):
         both = {**theta, **basis}
         return self.scale * sites.low_rank(site, x, both["A"], both["B"])
 
-    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
-        """``A x`` and ``s B``."""
+    def low_rank_form(self, theta: Tensors, basis: Tensors) -> LowRank:
+        """A, B and s."""
         both = {**theta, **basis}
-        return x @ both["A"].T, self.scale * both["B"].T
-
-    def fused(
-        self,
-        kernels: ModuleType,
-        site: Site,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor] | None,
-        theta: Tensors,
-        basis: Tensors,
-    ) -> Tensor | None:
-        """By `fednano.adapters.fused.fused_low_rank`."""
-        both = {**theta, **basis}
-        return fused_low_rank(kernels, site, x, base, both["A"], both["B"], self.scale)
+        return LowRank(both["A"], both["B"], self.scale)

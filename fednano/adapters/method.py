@@ -10,7 +10,6 @@ import abc
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fednano.adapters import philox, sites
-from fednano.adapters.fused import kernels_for
+from fednano.adapters.fused import LowRank, fused_low_rank, kernels_for
 from fednano.adapters.protocol import Algebra, Basis, Kind, Leaf, Site, Tensors
 from fednano.errors import ConfigError, ModelError
 
@@ -202,21 +201,14 @@ class Method(abc.ABC):
         """What the change adds to the output; here through the dense delta."""
         return sites.apply(site, x, self.delta(site, theta, basis, weight))
 
-    def fused(
-        self,
-        kernels: ModuleType,
-        site: Site,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor] | None,
-        theta: Tensors,
-        basis: Tensors,
-    ) -> Tensor | None:
-        """``base(x) + path(x)`` in one kernel, in x's dtype; None where there is no such kernel."""
+    def low_rank_form(self, theta: Tensors, basis: Tensors) -> LowRank | None:
+        """The change as a product of two factors; None for one that has no such form."""
         return None
 
     def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor] | None:
-        """None: the change has no low-rank form."""
-        return None
+        """``path(x)`` at a linear or bridge site as ``z @ up``, ``(..., r)`` and ``(r, d_out)``; None without form."""
+        form = self.low_rank_form(theta, basis)
+        return None if form is None or site.kind not in ("linear", "bridge") else form.split(x)
 
     def forward(
         self,
@@ -241,7 +233,8 @@ class Method(abc.ABC):
             training: whether dropout is active.
         """
         if not (training and self.dropout) and (kernels := kernels_for(x)) is not None:
-            fused = self.fused(kernels, site, x, base, theta, basis)
+            form = self.low_rank_form(theta, basis)
+            fused = None if form is None else fused_low_rank(kernels, site, x, base, form)
             if fused is not None:
                 return fused
         inside = x

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from types import ModuleType
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from fednano.adapters.fused import fused_low_rank
+from fednano.adapters.fused import LowRank
 from fednano.adapters.method import Method
 from fednano.adapters.protocol import Algebra, Init, Kind, Leaf, Site, Tensors
 from fednano.adapters.registry import register
@@ -86,20 +84,6 @@ class NanoAdapter(Method):
         z = x @ theta["A"]
         return self.scale * ((F.gelu(z) if self.act == "gelu" else z) @ theta["B"])
 
-    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
-        """``act(x A)`` and ``s B``."""
-        z = x @ theta["A"]
-        return F.gelu(z) if self.act == "gelu" else z, self.scale * theta["B"]
-
-    def fused(
-        self,
-        kernels: ModuleType,
-        site: Site,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor] | None,
-        theta: Tensors,
-        basis: Tensors,
-    ) -> Tensor | None:
-        """By `fednano.adapters.fused.fused_low_rank`."""
-        a, b = theta["A"].T, theta["B"].T
-        return fused_low_rank(kernels, site, x, base, a, b, self.scale, activation=self.act)
+    def low_rank_form(self, theta: Tensors, basis: Tensors) -> LowRank:
+        """``A^T``, ``B^T``, s and the activation."""
+        return LowRank(theta["A"].T, theta["B"].T, self.scale, self.act)

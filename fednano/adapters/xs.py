@@ -7,15 +7,14 @@ updates average exactly and cost r^2 or r numbers whatever the width of the mode
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fednano.adapters import bases, philox, sites
-from fednano.adapters.fused import fused_low_rank
+from fednano.adapters.fused import LowRank
 from fednano.adapters.lora import Scaled
 from fednano.adapters.protocol import Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.registry import register
@@ -59,23 +58,9 @@ class _Middle(Scaled):
         """``s B M (A x)``."""
         return self.scale * sites.low_rank(site, x, basis["A"], basis["B"], self.middle(theta, basis))
 
-    def low_rank(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors) -> tuple[Tensor, Tensor]:
-        """``M A x`` and ``s B``."""
-        m, down = self.middle(theta, basis), x @ basis["A"].T
-        return down * m if m.dim() == 1 else down @ m.T, self.scale * basis["B"].T
-
-    def fused(
-        self,
-        kernels: ModuleType,
-        site: Site,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor] | None,
-        theta: Tensors,
-        basis: Tensors,
-    ) -> Tensor | None:
-        """By `fednano.adapters.fused.fused_low_rank`."""
-        mix = self.middle(theta, basis)
-        return fused_low_rank(kernels, site, x, base, basis["A"], basis["B"], self.scale, mix=mix)
+    def low_rank_form(self, theta: Tensors, basis: Tensors) -> LowRank:
+        """A, B, s and M."""
+        return LowRank(basis["A"], basis["B"], self.scale, mix=self.middle(theta, basis))
 
 
 @register("lora-xs")

@@ -16,6 +16,7 @@ from fednano.host.exchange import Exchange
 from fednano.host.factored_codec import decode_parts, encode_parts, kept_dtype, parts_bytes, sample_key
 from fednano.host.limits import HostInfo
 from fednano.host.proto import language_host_pb2 as pb
+from fednano.host.requests import receive_step
 from fednano.models.factored import FactoredBatch, factored_loss
 
 __all__ = ["FactoredExchange"]
@@ -115,13 +116,7 @@ class FactoredExchange:
                 yield pb.FactoredRequest(chunk=chunk)
 
         def attempt(exchange: Exchange) -> tuple[pb.StepResult, codec.Assembler]:
-            result, buffer = pb.StepResult(), codec.Assembler(nbytes, "reply to factored step")
-            for reply in exchange.stream(frames(), pb.StepReply):
-                if reply.WhichOneof("frame") == "header":
-                    result = reply.header
-                else:
-                    buffer.add(reply.chunk)
-            return result, buffer
+            return receive_step(exchange.stream(frames(), pb.StepReply), nbytes)
 
         for _ in range(_ROUNDS):
             try:

@@ -19,7 +19,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.models.language import TokenEmbedding
 from fednano.models.language_inputs import check_token_embeds
 
-__all__ = ["Requests", "host_info", "split_batch"]
+__all__ = ["Requests", "host_info", "receive_step", "split_batch"]
 
 
 def host_info(reply: pb.DescribeReply) -> HostInfo:
@@ -69,6 +69,21 @@ def split_batch(lengths: Sequence[int], info: HostInfo, dtype: torch.dtype) -> l
             parts.append(slice(start, i))
             start = i
     return [*parts, slice(start, len(lengths))]
+
+
+def receive_step(replies: Iterator[pb.StepReply], nbytes: int) -> tuple[pb.StepResult, codec.Assembler]:
+    """Header and tensor bytes of the replies to a step.
+
+    Raises:
+        HostRefused: more bytes than ``nbytes`` came.
+    """
+    result, buffer = pb.StepResult(), codec.Assembler(nbytes, "reply to step")
+    for reply in replies:
+        if reply.WhichOneof("frame") == "header":
+            result = reply.header
+        else:
+            buffer.add(reply.chunk)
+    return result, buffer
 
 
 class Requests:
@@ -123,13 +138,7 @@ class Requests:
                 yield pb.StepRequest(chunk=chunk)
 
         def attempt(exchange: Exchange) -> tuple[pb.StepResult, codec.Assembler]:
-            result, buffer = pb.StepResult(), codec.Assembler(nbytes, "reply to step")
-            for reply in exchange.stream(frames(), pb.StepReply):
-                if reply.WhichOneof("frame") == "header":
-                    result = reply.header
-                else:
-                    buffer.add(reply.chunk)
-            return result, buffer
+            return receive_step(exchange.stream(frames(), pb.StepReply), nbytes)
 
         result, buffer = self._channel.call("Step", attempt, samples=len(lengths))
         received = buffer.take(nbytes)
