@@ -186,9 +186,7 @@ class RemoteLLM:
             ConfigError: unknown objective.
         """
         info = self.describe()
-        if objective not in info.objectives:
-            known = ", ".join(info.objectives)
-            raise ConfigError(f"unknown objective {objective!r}: the host knows {known}")
+        _check_objective(info, objective)
         _check(info, embeds, mask, labels)
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
 
@@ -221,8 +219,7 @@ class RemoteLLM:
         lengths = batch.mask.sum(1).tolist()
         if len(split_batch(lengths, info, torch.float32)) > 1:
             return self.loss(batch.embeds(), batch.mask, batch.labels, objective)
-        if objective not in info.objectives:
-            raise ConfigError(f"unknown objective {objective!r}: the host knows {', '.join(info.objectives)}")
+        _check_objective(info, objective)
         _check(info, batch.raw, batch.mask, batch.labels)
         with self._info_lock:
             if self._factored is None:
@@ -297,6 +294,11 @@ class RemoteLLM:
             if gradient is not None:
                 gradients.append(gradient)
         return torch.cat(losses), torch.cat(gradients) if want_gradient else None
+
+
+def _check_objective(info: HostInfo, objective: str) -> None:
+    if objective not in info.objectives:
+        raise ConfigError(f"unknown objective {objective!r}: the host knows {', '.join(info.objectives)}")
 
 
 def _check(info: HostInfo, embeds: Tensor, mask: Tensor, labels: Tensor | None, new_tokens: int = 0) -> None:

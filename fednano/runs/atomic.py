@@ -18,7 +18,16 @@ from typing import Any
 
 from fednano.errors import RunError
 
-__all__ = ["disk_advice", "finite", "inside", "read_json", "sync_folder", "write_bytes", "write_json"]
+__all__ = [
+    "disk_advice",
+    "finite",
+    "inside",
+    "read_json",
+    "replace_file",
+    "sync_folder",
+    "write_bytes",
+    "write_json",
+]
 
 
 def inside(root: Path, name: str | Path) -> Path:
@@ -47,17 +56,28 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         RunError: the disk is full or the folder cannot be written.
     """
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise RunError(f"Cannot write {path}: {disk_advice(path.parent, len(content), error)}") from error
+
+
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """What `write_bytes` does, for callers with an error of their own; ``mode`` is that of a new file, less the umask.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise RunError(f"Cannot write {path}: {disk_advice(path.parent, len(content), error)}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

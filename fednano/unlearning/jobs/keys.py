@@ -6,13 +6,11 @@ A private key file may be read by its owner only and is refused otherwise. A sit
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import os
 import re
 import stat
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fednano.errors import ConfigError
-from fednano.runs.atomic import disk_advice, sync_folder
+from fednano.runs.atomic import disk_advice, replace_file
 
 __all__ = [
     "NAME",
@@ -183,21 +181,10 @@ def write_private(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        replace_file(path, content, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {disk_advice(path.parent, len(content), error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _framed(purpose: str, content: bytes) -> bytes:
