@@ -2,9 +2,10 @@
 
     python simulations/study.py                       # the whole matrix: hours
     python simulations/study.py --small               # `make study-small`: minutes
-    python simulations/study.py --rules fedavg fisher --alphas 0.1 --clients 5 --seeds 0 1 2
+    python simulations/study.py --rules fedavg "fedavgm beta=0.5" --alphas 0.1 --clients 5 --seeds 0 1 2
 
-Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
+However many clients there are, the same number of them takes part in each round (``--participants``), so all runs of
+a study train on equally many samples, and so do the bounds. A rule's options follow its name. Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
 language host, but for rounding. What is measured is kept under ``--work``, one file a cell, so a study that was cut
 off goes on where it was. FedAvg's cells also train each client alone and all data in one place (the bounds), and merge
 by Fisher, from the same start over the same samples. Rules that leave personal adapters are judged by their clients, on
@@ -28,7 +29,7 @@ from typing import Any
 
 from fednano.aggregation import rule_names
 from fednano.errors import FednanoError
-from fednano.federation.config import RunConfig
+from fednano.federation.config import RunConfig, parse_settings
 from fednano.runs.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the matrix."""
+    """One run of the matrix; ``rule`` is a rule's name, with its options behind it."""
 
     rule: str
     alpha: float
@@ -49,11 +50,22 @@ class Cell:
     rounds: int
     samples: int
     test: int
+    participants: int = 5
+    settings: tuple[str, ...] = ()
 
     def config(self, runs_dir: Path) -> RunConfig:
         """Its settings."""
-        return RunConfig(
-            rule=self.rule,
+        name, _, options = self.rule.partition(" ")
+        further = {
+            key: value
+            for text in self.settings
+            for key, value in parse_settings(text, "--set").items()
+        }
+        plain = RunConfig.from_mapping(further)
+        return plain.changed(
+            rule=name,
+            rule_options=options,
+            fraction=min(1.0, self.participants / self.clients),
             alpha=self.alpha,
             clients=self.clients,
             seed=self.seed,
@@ -62,7 +74,7 @@ class Cell:
             evaluate_every=1,
             evaluate_samples=self.test,
             final_samples=self.test,
-            baselines=self.rule == "fedavg",
+            baselines=self.rule == "fedavg" and not self.settings,
             placement="local",
             runs_dir=str(runs_dir / "runs"),
             cache_dir=str(runs_dir / "cache"),
@@ -71,7 +83,7 @@ class Cell:
     def file(self, work: Path) -> Path:
         """Where its rows are kept; another setting, another file."""
         mark = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
-        return work / "cells" / f"{self.rule}-a{self.alpha:g}-c{self.clients}-s{self.seed}-{mark}.json"
+        return work / "cells" / f"{self.rule.split()[0]}-a{self.alpha:g}-c{self.clients}-s{self.seed}-{mark}.json"
 
 
 def measure(cell: Cell, work: Path, target: float) -> list[Row]:
@@ -87,9 +99,8 @@ def measure(cell: Cell, work: Path, target: float) -> list[Row]:
         except FednanoError as error:  # such as a partition that these data do not allow: said in the results
             write_json(path, [base | {"rule": cell.rule, "error": str(error)}])
         else:
-            write_json(
-                path, [base | row for row in rows_of(folder.read_json("summary.json"), folder.metrics())]
-            )
+            summary = folder.read_json("summary.json") | {"rule": cell.rule}
+            write_json(path, [base | row for row in rows_of(summary, folder.metrics())])
     rows: list[Row] = json.loads(path.read_text())
     for row in rows:
         curve = row.get("curve") or []
@@ -213,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--samples", type=int, default=300, help="training samples per client and round")
+    parser.add_argument("--participants", type=int, default=5, help="clients that take part in each round")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of all runs")
     parser.add_argument("--test", type=int, default=1000, help="test questions in each evaluation")
     parser.add_argument("--target", type=float, default=0.9, help="accuracy whose first round is reported")
     parser.add_argument("--jobs", type=int, default=1, help="cells measured at the same time")
@@ -235,7 +248,10 @@ def main(arguments: list[str] | None = None) -> int:
     # FedAvg's cells measure Fisher merging, too.
     rules = [rule for rule in options.rules if rule != "fisher" or "fedavg" not in options.rules]
     cells = [
-        Cell(rule, alpha, clients, seed, options.rounds, options.samples, options.test)
+        Cell(
+            *(rule, alpha, clients, seed, options.rounds, options.samples, options.test),
+            *(options.participants, tuple(options.set)),
+        )
         for seed, clients, alpha, rule in itertools.product(
             options.seeds, options.clients, options.alphas, rules
         )

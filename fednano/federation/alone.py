@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from fednano.errors import RunError
-from fednano.federation.asking import ask
+from fednano.federation.asking import ask, sample_clients
 from fednano.federation.config import Scalar
 from fednano.federation.exchange import Delivery
 from fednano.federation.ledger import failure_of, mean_loss, record_client, round_record
@@ -19,13 +19,14 @@ __all__ = ["run_pooled", "run_separate"]
 
 
 def run_separate(fed: Federation, phase: str, start: Leaves) -> dict[str, PhaseResult]:
-    """The local-only baseline: every client trains on, alone, for as many rounds; nothing is merged."""
+    """The local-only baseline: every client trains on, alone, in the rounds that draw it; nothing is merged."""
     results = {client: PhaseResult(start) for client in sorted(fed.nodes)}
     for number in range(1, fed.config.rounds + 1):
         began = time.monotonic()
-        fed.view.round_started(number, list(results))
+        chosen = sample_clients(fed.config, list(results), number)
+        fed.view.round_started(number, chosen)
         wire = WireTotals()
-        leaves = {client: result.leaves for client, result in results.items()}
+        leaves = {client: results[client].leaves for client in chosen}
         losses = []
         for delivery in _train(fed, phase, number, leaves, wire):
             reason = failure_of(delivery)
@@ -41,7 +42,7 @@ def run_separate(fed: Federation, phase: str, start: Leaves) -> dict[str, PhaseR
 
 
 def run_pooled(fed: Federation, phase: str, start: Leaves) -> PhaseResult:
-    """The centralised baseline: one client holds all data and sees as many samples as all clients together."""
+    """The centralised baseline: one client holds all data and sees as many samples as the clients of a round together."""
     result = PhaseResult(start)
     actor = min(fed.nodes)
     for number in range(1, fed.config.rounds + 1):

@@ -24,7 +24,6 @@ __all__ = [
     "ask",
     "descending",
     "instruct",
-    "needed_clients",
     "read_update",
     "sample_clients",
     "take_in",
@@ -43,17 +42,12 @@ def sample_clients(
         spare: share of further clients, on top of those that are needed.
     """
     ordered = sorted(names)
-    count = needed_clients(config, len(ordered))
+    count = config.participants(len(ordered))
     count = min(len(ordered), count + math.ceil(count * spare))
     if count == len(ordered):
         return ordered
     chosen = generator(config.seed, "clients", round_number).choice(len(ordered), size=count, replace=False)
     return [ordered[int(index)] for index in sorted(chosen)]
-
-
-def needed_clients(config: RunConfig, clients: int) -> int:
-    """How many of them a round needs."""
-    return max(1, round(config.fraction * clients))
 
 
 def advise(rule: Rule, spec: Spec, config: RunConfig, number: int) -> dict[str, Scalar]:

@@ -10,7 +10,6 @@ from fednano.aggregation import Rule, Spec, check_combination, create_rule
 from fednano.aggregation.drift import Scaffold
 from fednano.aggregation.robust import Bulyan
 from fednano.errors import ConfigError
-from fednano.federation.asking import needed_clients
 from fednano.federation.config import RunConfig, parse_settings
 from fednano.federation.judging import judge_all, record_accuracy
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
@@ -72,7 +71,7 @@ def build_rule(config: RunConfig, name: str) -> Rule:
     if isinstance(rule, Bulyan) and "malicious" not in options:
         # As many as so few clients can bear; who asks for more by name is told.
         return replace(
-            rule, malicious=min(rule.malicious, max(0, needed_clients(config, config.clients) - 3) // 4)
+            rule, malicious=min(rule.malicious, max(0, config.participants(config.clients) - 3) // 4)
         )
     return rule
 
@@ -89,7 +88,7 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
         ConfigError: with the reason.
     """
     codec_for(config.codec, config.codec_options)
-    taking_part = needed_clients(config, config.clients)
+    taking_part = config.participants(config.clients)
     if isinstance(rule, Bulyan) and taking_part < 4 * rule.malicious + 3:
         raise ConfigError(
             f"rule 'bulyan' needs {4 * rule.malicious + 3} updates a round against {rule.malicious} malicious clients, "
@@ -156,5 +155,5 @@ def _centralised(fed: Federation, start: Leaves) -> BaselineResult:
     fed.view.phase_started("centralised", fed.config.rounds)
     result = run_pooled(fed, "centralised", start)
     judged = judge_all(fed, "centralised", result.rounds, result.leaves)
-    note = "one client with everybody's data and as many sample visits as all clients together"
+    note = "one client with everybody's data and as many sample visits as the clients of each round together"
     return BaselineResult(judged.accuracy, judged.loss, result.rounds, time.monotonic() - began, note)

@@ -280,7 +280,7 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         share.data,
         _state(instruction, node, acting),
         client=acting,
-        samples=config.samples * (config.clients if instruction.pool else 1),
+        samples=config.samples * (config.participants(config.clients) if instruction.pool else 1),
     )
     after = _wire(llm)
     metrics = {

@@ -277,6 +277,10 @@ class RunConfig:
                 f"client-ranks is {self.client_ranks!r}; expected ranks such as '4,8,16'."
             ) from error
 
+    def participants(self, clients: int) -> int:
+        """How many of so many clients a round needs."""
+        return max(1, round(self.fraction * clients))
+
     @property
     def stream_names(self) -> list[str]:
         """The streams that carry an adapter."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fednano.aggregation import Rule, Spec, State
 from fednano.errors import RunError, UpdateRefused
 from fednano.federation.alone import run_pooled, run_separate
-from fednano.federation.asking import ask, instruct, needed_clients, sample_clients, take_in
+from fednano.federation.asking import ask, instruct, sample_clients, take_in
 from fednano.federation.config import RunConfig
 from fednano.federation.exchange import Outstanding
 from fednano.federation.forgetting import catch_up
@@ -184,7 +184,7 @@ def _one_round(
     chosen = sample_clients(config, list(fed.nodes), number, config.over_select)
     if config.late == "buffer":  # one job at a time: who still works on an older one is left to it
         chosen = [client for client in chosen if not outstanding.busy(client)] or chosen
-    wanted = needed_clients(config, len(fed.nodes)) if config.over_select else len(fed.nodes) + 1
+    wanted = config.participants(len(fed.nodes)) if config.over_select else len(fed.nodes) + 1
     merge = _Merge(rule.init(fed.spec, current=result.leaves, memory=result.memory, round=number))
     fed.view.round_started(number, chosen)
     instructions = instruct(fed, phase, rule, number, result, chosen)

@@ -263,10 +263,15 @@ def test_baselines_are_run_and_compared(run: Run) -> None:
 
 
 def test_a_part_of_the_clients_takes_part(run: Run) -> None:
-    path = run(fraction=0.34, rounds=4)
+    path = run(fraction=0.34, rounds=4, baselines=True)
     rows = [row for row in metrics(path) if row["scope"] == "client" and "loss" in row]
-    assert len(rows) == 4
-    assert len({row["client"] for row in rows}) > 1
+    tuned = {name: [row for row in rows if row["phase"] == name] for name in ("federated", "local-only")}
+    assert len(tuned["federated"]) == 4
+    assert len({row["client"] for row in tuned["federated"]}) > 1
+    # The bounds train no more than the federation does: the same clients alone, or as many samples in one place.
+    visits = {name: [(row["round"], row["client"], row["samples"]) for row in tuned[name]] for name in tuned}
+    assert visits["local-only"] == visits["federated"]
+    assert [row["samples"] for row in rows if row["phase"] == "centralised"] == [24] * 4
 
 
 def test_generate_answers_with_the_tuned_model(run: Run, small_vqa: Path) -> None:

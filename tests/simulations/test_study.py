@@ -95,6 +95,14 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert kept.file(tmp_path) != study.Cell("fedavg", 0.1, 5, 0, 3, 16, 12).file(tmp_path)
 
 
+def test_a_cell_s_settings(tmp_path: Path) -> None:
+    cell = study.Cell("fedavgm beta=0.5 lr=2.0", 0.1, 50, 3, 2, 16, 12, 5, ("lr-schedule='cosine'",))
+    config = cell.config(tmp_path)
+    assert (config.rule, config.rule_options, config.lr_schedule) == ("fedavgm", "beta=0.5 lr=2.0", "cosine")
+    assert config.participants(50) == 5
+    assert study.Cell("fedavg", 0.1, 4, 3, 2, 16, 12).config(tmp_path).participants(4) == 4
+
+
 def test_results_and_table(tmp_path: Path) -> None:
     target = tmp_path / "study.json"
     study.write(ROWS, target)
