@@ -5,7 +5,9 @@
     python simulations/study.py --rules fedavg "fedavgm beta=0.5" --alphas 0.1 --clients 5 --seeds 0 1 2
 
 However many clients there are, the same number of them takes part in each round (``--participants``), so all runs of
-a study train on equally many samples, and so do the bounds. A rule's options follow its name. Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
+a study train on equally many samples, and so do the bounds. A rule's options follow its name.
+
+Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
 language host, but for rounding. What is measured is kept under ``--work``, one file a cell, so a study that was cut
 off goes on where it was. FedAvg's cells also train each client alone and all data in one place (the bounds), and merge
 by Fisher, from the same start over the same samples. Rules that leave personal adapters are judged by their clients, on
@@ -57,9 +59,7 @@ class Cell:
         """Its settings."""
         name, _, options = self.rule.partition(" ")
         further = {
-            key: value
-            for text in self.settings
-            for key, value in parse_settings(text, "--set").items()
+            key: value for text in self.settings for key, value in parse_settings(text, "--set").items()
         }
         plain = RunConfig.from_mapping(further)
         return plain.changed(
@@ -83,7 +83,11 @@ class Cell:
     def file(self, work: Path) -> Path:
         """Where its rows are kept; another setting, another file."""
         mark = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
-        return work / "cells" / f"{self.rule.split()[0]}-a{self.alpha:g}-c{self.clients}-s{self.seed}-{mark}.json"
+        return (
+            work
+            / "cells"
+            / f"{self.rule.split()[0]}-a{self.alpha:g}-c{self.clients}-s{self.seed}-{mark}.json"
+        )
 
 
 def measure(cell: Cell, work: Path, target: float) -> list[Row]:
@@ -225,7 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--samples", type=int, default=300, help="training samples per client and round")
     parser.add_argument("--participants", type=int, default=5, help="clients that take part in each round")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of all runs")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of all runs"
+    )
     parser.add_argument("--test", type=int, default=1000, help="test questions in each evaluation")
     parser.add_argument("--target", type=float, default=0.9, help="accuracy whose first round is reported")
     parser.add_argument("--jobs", type=int, default=1, help="cells measured at the same time")

@@ -42,7 +42,7 @@ def run_separate(fed: Federation, phase: str, start: Leaves) -> dict[str, PhaseR
 
 
 def run_pooled(fed: Federation, phase: str, start: Leaves) -> PhaseResult:
-    """The centralised baseline: one client holds all data and sees as many samples as the clients of a round together."""
+    """The centralised baseline: one client with all data, and as many samples as a round's clients together."""
     result = PhaseResult(start)
     actor = min(fed.nodes)
     for number in range(1, fed.config.rounds + 1):
