@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors"},
     "runs": {"errors", "adapters", "data", "evaluation"},
     "models": {"errors", "adapters", "training.objectives"},
-    "host": {"errors", "models", "training.objectives"},
+    "security": {"errors", "runs.atomic"},
+    "host": {"errors", "models", "security", "training.objectives"},
     "training": {"errors", "adapters", "models", "data"},
     "federation": {
         "errors",
@@ -29,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         "host",
         "models",
         "runs",
+        "security",
         "training",
     },
     "export": {"errors", "adapters", "federation", "models", "runs"},
@@ -41,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "federation",
         "models",
         "runs",
+        "security",
         "training",
     },
     "cli": {
@@ -55,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "runs",
         "evaluation",
+        "security",
     },
 }
 HOMES = {"flwr": {"federation", "cli"}, "grpc": {"host"}, "ray": {"federation"}, "peft": set()}

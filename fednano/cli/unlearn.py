@@ -48,7 +48,7 @@ def keygen(
     as_json: AsJson = False,
 ) -> None:
     """Make a key pair, NAME.key (mode 0600) and NAME.pub; with --run, let the run believe it."""
-    from fednano.unlearning.jobs.keys import create_key, load_signer, write_private
+    from fednano.security.keys import create_key, load_signer, write_private
 
     if bool(site) == bool(approver):
         raise ConfigError("give either --site NAME or --approver NAME.")
@@ -119,8 +119,8 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Sign a request to forget and hand it in. The same request twice is one job."""
+    from fednano.security.keys import load_signer
     from fednano.unlearning.jobs.holdings import choose
-    from fednano.unlearning.jobs.keys import load_signer
     from fednano.unlearning.jobs.request import Plan, sign_request
 
     desk = open_desk(run, runs_dir, data)
@@ -251,7 +251,7 @@ def approve(
     as_json: AsJson = False,
 ) -> None:
     """Approve a job with an approver's key. Classes and whole clients need two different approvers."""
-    from fednano.unlearning.jobs.keys import load_signer
+    from fednano.security.keys import load_signer
 
     desk, signer = open_desk(run, runs_dir), load_signer(key)
     show_job(desk, desk.decline(job, signer, reason) if decline else desk.approve(job, signer), as_json)

@@ -34,7 +34,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a committed job against what is on disk: receipt, log, tombstones, adapter. Code 6 where it is wrong."""
-    from fednano.unlearning.jobs.keys import load_public
+    from fednano.security.keys import load_public
     from fednano.unlearning.jobs.views import check_job
 
     desk = open_desk(run, runs_dir)
@@ -79,7 +79,7 @@ def check_receipt(
     as_json: AsJson = False,
 ) -> None:
     """Check a receipt offline, with nothing but the server's public key."""
-    from fednano.unlearning.jobs.keys import load_public
+    from fednano.security.keys import load_public
     from fednano.unlearning.jobs.receipt import verify_receipt
 
     try:

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fednano.unlearning.jobs.keys import Signer, create_key
+from fednano.security.keys import Signer, create_key
 from fednano.unlearning.jobs.registry import Registry
 from fednano.unlearning.jobs.request import Plan, sign_request
 

@@ -12,10 +12,10 @@ from typing import Any
 from fednano.data import Sample
 from fednano.runs import RunFolder
 from fednano.runs.atomic import write_bytes
-from fednano.unlearning.jobs.canonical import sha256_hex
+from fednano.security.canonical import sha256_hex
+from fednano.security.keys import Signer, create_key
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.holdings import Holding, choose
-from fednano.unlearning.jobs.keys import Signer, create_key
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.request import Plan, sign_request
 from fednano.unlearning.jobs.runner import Result, Round, Task

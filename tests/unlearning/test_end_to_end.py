@@ -14,10 +14,10 @@ from fednano.federation import client_task
 from fednano.federation.config import RunConfig
 from fednano.federation.simulation import simulate
 from fednano.runs import RunFolder, make_view
+from fednano.security.keys import Signer, create_key
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.holdings import RunHoldings, choose
 from fednano.unlearning.jobs.job import Job
-from fednano.unlearning.jobs.keys import Signer, create_key
 from fednano.unlearning.jobs.loku import LokuRunner
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.purge import inventory

@@ -220,7 +220,7 @@ class TestApprovals:
             world.desk.approve(job.id, world.keys["ben"])
 
     def test_the_owner_and_strangers_cannot_approve(self, world: World, tmp_path: Path) -> None:
-        from fednano.unlearning.jobs.keys import create_key
+        from fednano.security.keys import create_key
 
         job = submit(world, kind="client")
         for key in (world.keys["client-000"], create_key(tmp_path / "x", "ann")):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from job_world import FakeRunner, World
 
 from fednano.errors import ReceiptInvalid, RunError
-from fednano.unlearning.jobs.canonical import canonical, parse_canonical, sha256_hex
-from fednano.unlearning.jobs.keys import create_key
+from fednano.security.canonical import canonical, parse_canonical, sha256_hex
+from fednano.security.keys import create_key
 from fednano.unlearning.jobs.ledger import Ledger
 from fednano.unlearning.jobs.receipt import available, check_discreet, sign_receipt, verify_receipt
 from fednano.unlearning.jobs.views import check_job
@@ -94,7 +94,7 @@ def test_a_log_rewritten_with_another_key_is_found(world: World, tmp_path: Path)
     body = parse_canonical(world.place.receipt("u0001").read_bytes()[:-1])["receipt"]
     index, previous = forged.head()
     receipt = sign_receipt(mallory, {**body, "verdict": "nothing happened"})
-    forged.append(forged.line(mallory, "receipt", "u0001", receipt, index=index, previous=previous))
+    forged.append(forged.about(mallory, "receipt", "u0001", receipt, index=index, previous=previous))
     assert forged.verify(mallory.public)
     with pytest.raises(ReceiptInvalid, match="not the server's"):
         forged.verify(world.server.public)
@@ -109,7 +109,7 @@ def test_a_line_torn_by_a_kill_is_named_and_then_replaced(world: World, tmp_path
     log = Ledger(tmp_path / "log.jsonl", "toy")
     for number in range(3):
         index, previous = log.head()
-        line = log.line(world.server, "receipt", f"u{number}", b"x", index=index, previous=previous)
+        line = log.about(world.server, "receipt", f"u{number}", b"x", index=index, previous=previous)
         log.append(line)
         log.append(line)  # repeating a step changes nothing
         with log.path.open("ab") as file:
@@ -118,7 +118,7 @@ def test_a_line_torn_by_a_kill_is_named_and_then_replaced(world: World, tmp_path
             with pytest.raises(ReceiptInvalid, match="ends within a line"):
                 log.verify(world.server.public)
     assert log.head()[0] == 3
-    other = log.line(world.server, "receipt", "other", b"y", index=1, previous=sha256_hex(b""))
+    other = log.about(world.server, "receipt", "other", b"y", index=1, previous=sha256_hex(b""))
     with pytest.raises(ReceiptInvalid, match="line 2 is not the line"):
         log.append(other)
 
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(
     import os
 
     log = Ledger(tmp_path / "log.jsonl", "toy")
-    line = log.line(world.server, "receipt", "u1", b"x", index=0, previous=log.head()[1])
+    line = log.about(world.server, "receipt", "u1", b"x", index=0, previous=log.head()[1])
     log.append(line)
     before = log.path.read_bytes()
     real = os.write
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(
         real(handle, content[:7])
         raise OSError(28, "No space left on device")
 
-    second = log.line(world.server, "receipt", "u2", b"x", index=1, previous=sha256_hex(line))
+    second = log.about(world.server, "receipt", "u2", b"x", index=1, previous=sha256_hex(line))
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(RunError, match="No space"):

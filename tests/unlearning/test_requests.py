@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from fednano.errors import ConfigError, RequestRefused
 from fednano.runs.tombstones import sample_hash
+from fednano.security.keys import Signer, create_key, load_public, load_signer, salted_hash
 from fednano.unlearning.jobs.job import now
-from fednano.unlearning.jobs.keys import Signer, create_key, load_public, load_signer, salted_hash
 from fednano.unlearning.jobs.registry import Policy, Registry
 from fednano.unlearning.jobs.request import authenticate, request_key
 

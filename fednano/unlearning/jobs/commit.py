@@ -8,11 +8,11 @@ from typing import Any
 from fednano import __version__
 from fednano.errors import JobStateError
 from fednano.runs.tombstones import Tombstone, Tombstones, read_tombstones
-from fednano.unlearning.jobs.canonical import canonical, sha256_hex
+from fednano.security.canonical import canonical, sha256_hex
+from fednano.security.keys import Signer
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.exchange import Exchange, carry_out, finish_pending
 from fednano.unlearning.jobs.job import Job, now, parse_time, timestamp
-from fednano.unlearning.jobs.keys import Signer
 from fednano.unlearning.jobs.purge import restore
 from fednano.unlearning.jobs.receipt import LIMITS, NOT_AVAILABLE, available, check_discreet, sign_receipt
 from fednano.unlearning.jobs.request import Plan, scope_hash
@@ -48,7 +48,7 @@ def commit(
         body["log"] = {"index": index, "previous": previous}
         content = sign_receipt(signer, body)
         check_discreet(content, secrets)
-        line = place.ledger.line(signer, "receipt", job.id, content, index=index, previous=previous)
+        line = place.ledger.about(signer, "receipt", job.id, content, index=index, previous=previous)
         lines.append(line.decode())
         receipts[job.id] = content.decode()
         index, previous = index + 1, sha256_hex(line)
@@ -117,7 +117,7 @@ def roll_back(desk: Desk, identity: str, signer: Signer, *, actor: str, reason: 
             }
         )
         index, previous = place.ledger.head()
-        line = place.ledger.line(signer, "rollback", job.batch, statement, index=index, previous=previous)
+        line = place.ledger.about(signer, "rollback", job.batch, statement, index=index, previous=previous)
         for each in batch:
             restore(place, each.id)
         carry_out(

@@ -11,10 +11,10 @@ from typing import Any
 
 from fednano.errors import FednanoError, JobStateError, RequestRefused
 from fednano.runs.tombstones import read_tombstones
-from fednano.unlearning.jobs.canonical import canonical, sha256_hex
+from fednano.security.canonical import canonical, sha256_hex
+from fednano.security.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.holdings import Holding, Holdings
 from fednano.unlearning.jobs.job import Job, now, parse_time
-from fednano.unlearning.jobs.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.request import authenticate, request_key
 from fednano.unlearning.jobs.states import FINAL, State

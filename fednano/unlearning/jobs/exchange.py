@@ -23,7 +23,7 @@ from typing import Any
 from fednano.errors import RunError
 from fednano.runs.atomic import write_bytes, write_json
 from fednano.runs.tombstones import PENDING, Tombstones, read_tombstones, write_tombstones
-from fednano.unlearning.jobs.canonical import sha256_hex
+from fednano.security.canonical import sha256_hex
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.states import State
 

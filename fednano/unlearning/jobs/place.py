@@ -10,7 +10,7 @@ from typing import Any
 from fednano.errors import RunError
 from fednano.runs import RunFolder
 from fednano.runs.tombstones import FOLDER
-from fednano.unlearning.jobs.keys import Signer, create_key, load_signer
+from fednano.security.keys import Signer, create_key, load_signer
 from fednano.unlearning.jobs.ledger import Ledger
 from fednano.unlearning.jobs.registry import Registry
 from fednano.unlearning.jobs.store import Store

@@ -14,9 +14,9 @@ from typing import Any
 
 from fednano.errors import ConfigError, JobStateError, RunError
 from fednano.runs.atomic import read_json, write_json
-from fednano.unlearning.jobs.canonical import canonical, sha256_hex
+from fednano.security.canonical import canonical, sha256_hex
+from fednano.security.keys import Signer
 from fednano.unlearning.jobs.job import Job, timestamp
-from fednano.unlearning.jobs.keys import Signer
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.states import State
 from fednano.unlearning.jobs.store import only_worker
@@ -122,7 +122,7 @@ def purge(place: Place, identity: str, mode: str, signer: Signer, *, actor: str)
         name = f"purge-{identity}-{index}.json"
         write_json(place.root / "receipts" / name, {**report, "sha256": sha256_hex(content)})
         place.ledger.append(
-            place.ledger.line(signer, "purge", identity, content, index=index, previous=previous)
+            place.ledger.about(signer, "purge", identity, content, index=index, previous=previous)
         )
         place.store.add_facts(
             identity,

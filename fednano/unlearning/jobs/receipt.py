@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fednano.errors import ReceiptInvalid
-from fednano.unlearning.jobs.canonical import canonical, parse_canonical, sha256_hex
-from fednano.unlearning.jobs.keys import Signer, valid_signature
+from fednano.security.canonical import canonical, parse_canonical, sha256_hex
+from fednano.security.keys import Signer, valid_signature
 from fednano.unlearning.jobs.ledger import Ledger
 
 __all__ = ["LIMITS", "NOT_AVAILABLE", "available", "check_discreet", "sign_receipt", "verify_receipt"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from fednano.errors import ConfigError, RequestRefused
 from fednano.runs.atomic import read_json
-from fednano.unlearning.jobs.keys import check_name, write_private
+from fednano.security.keys import check_name, write_private
 
 __all__ = ["Policy", "Registry", "Site"]
 

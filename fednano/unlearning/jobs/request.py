@@ -15,9 +15,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from fednano.errors import RequestRefused
-from fednano.unlearning.jobs.canonical import canonical, sha256_hex
+from fednano.security.canonical import canonical, sha256_hex
+from fednano.security.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.job import now, parse_time, timestamp
-from fednano.unlearning.jobs.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.registry import Registry
 
 __all__ = ["KINDS", "Plan", "authenticate", "request_key", "scope_hash", "sign_request"]

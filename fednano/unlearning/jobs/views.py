@@ -6,7 +6,7 @@ from typing import Any
 
 from fednano.errors import FednanoError, ReceiptInvalid
 from fednano.runs.tombstones import commit_pending, read_tombstones
-from fednano.unlearning.jobs.canonical import canonical, sha256_hex
+from fednano.security.canonical import canonical, sha256_hex
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.job import Job
 from fednano.unlearning.jobs.place import Place

@@ -15,11 +15,11 @@ from typing import Any
 
 from fednano.errors import FednanoError, Interrupted, JobStateError, RunError
 from fednano.runs.atomic import write_json
+from fednano.security.keys import Signer, salted_hash
 from fednano.unlearning.jobs.commit import commit
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.exchange import finish_pending, stage
 from fednano.unlearning.jobs.job import Job
-from fednano.unlearning.jobs.keys import Signer, salted_hash
 from fednano.unlearning.jobs.request import Plan
 from fednano.unlearning.jobs.runner import OwnerOffline, Result, Round, Runner, Task
 from fednano.unlearning.jobs.states import State

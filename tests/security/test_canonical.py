@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fednano.unlearning.jobs.canonical import canonical, parse_canonical
+from fednano.security.canonical import canonical, parse_canonical
 
 # RFC 8785, appendix B: IEEE 754 bits and their text.
 NUMBERS = {
