@@ -65,8 +65,9 @@ def check_combination(
         ConfigError: with the reason, and with rules that would do.
     """
     if isinstance(rule, ServerOptimiser):
-        # The step itself is harmless; what matters is how the change below it is merged.
-        return check_combination(
+        # What matters is how the change below it is merged; the step itself is harmless, but for one that depends on
+        # the single clients.
+        check_combination(
             rule.over,
             algebra,
             secure_aggregation=secure_aggregation,
@@ -76,6 +77,8 @@ def check_combination(
             codec=codec,
             late=late,
         )
+        if not rule.measures_clients:
+            return
     name = rule if isinstance(rule, str) else rule.name
     word = algebra_name(algebra)
     asked: dict[str, bool] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fednano.aggregation.fixedpoint import FixedSum, Grid
-from fednano.aggregation.mean import MeanRule, require_resolution
+from fednano.aggregation.mean import SteppedMean, require_resolution
 from fednano.aggregation.reduce import sum_of_squares
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
 from fednano.aggregation.spec import Spec
@@ -33,23 +33,21 @@ def _metric(update: Update, name: str, low: float, why: str) -> float:
 
 
 @dataclass(frozen=True)
-class Scaffold(MeanRule):
+class Scaffold(SteppedMean):
     """Control variates: clients correct each gradient by ``- c_k + c``.
 
     The client's variate moves by ``c_k+ = c_k - c + (theta - theta_k) / (K eta)`` with K local steps of plain
     SGD at rate eta. So its change, all that the server needs, follows from what the server has: ``(theta -
     theta_k) / (K eta) - c``. The client therefore sends the two numbers K and eta ("steps" and "lr" of
     `Update.metrics`) instead of a second adapter, and the uplink stays that of FedAvg. The server keeps ``c +=
-    sum_k change_k / N`` and ``theta += lr (mean_k theta_k - theta)``.
+    sum_k change_k / N`` and ``theta += server_lr (mean_k theta_k - theta)``.
 
     Attributes:
         clients: N, the number of clients of the whole federation; 0: as many as took part in the round.
-        lr: the server's learning rate.
         max_inverse: bound on ``1 / (K eta)``.
     """
 
     clients: int = 0
-    lr: float = 1.0
     max_inverse: float = 65536.0
 
     name: ClassVar[str] = "scaffold"
@@ -68,10 +66,11 @@ class Scaffold(MeanRule):
     )
 
     def __post_init__(self) -> None:
-        if self.clients < 0 or not 0.0 < self.lr < math.inf or not 0.0 < self.max_inverse < math.inf:
+        super().__post_init__()
+        if self.clients < 0 or not 0.0 < self.max_inverse < math.inf:
             raise ConfigError(
-                f"scaffold: got clients={self.clients}, lr={self.lr}, max_inverse={self.max_inverse}, "
-                "expected clients >= 0 and positive numbers"
+                f"scaffold: got clients={self.clients}, max_inverse={self.max_inverse}, "
+                "expected clients >= 0 and a positive number"
             )
 
     def client_config(self, round: int = 0) -> dict[str, Scalar]:
@@ -125,8 +124,6 @@ class Scaffold(MeanRule):
             c = state.memory.get(f"c/{name}", torch.zeros_like(base))
             change = base * inverse - state.sums["slopes"].value(name) - merged_count * c
             fresh[f"c/{name}"] = c + change / total
-            if self.lr != 1.0:
-                merged[name] = (base + self.lr * (merged[name].double() - base)).to(merged[name].dtype)
         state.memory = fresh
         return merged
 

@@ -5,11 +5,15 @@ the server; the client adds ``mu / 2 * |theta - theta_global|**2`` to its loss.
 
 The mean of leaves is the mean of deltas only for affine adapters: the mean of ``B_k`` times the mean of ``A_k``
 is not the mean of ``B_k A_k``.
+
+Both take a server learning rate: ``theta + server_lr (mean - theta)``. Other rules take it through a server optimiser
+over them, such as FedAvgM with ``beta=0``.
 """
 
 # ruff: noqa: A002 - `round` is the field's own word for what it names
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +23,16 @@ from fednano.aggregation.spec import Spec
 from fednano.aggregation.update import Leaves, Refusal, Update
 from fednano.errors import ConfigError
 
-__all__ = ["FedAvg", "FedProx", "MeanRule", "mean_sum", "require_resolution"]
+__all__ = [
+    "FedAvg",
+    "FedProx",
+    "MeanRule",
+    "SteppedMean",
+    "check_server_lr",
+    "mean_sum",
+    "moved",
+    "require_resolution",
+]
 
 _AFFINE = frozenset({"affine"})
 
@@ -39,6 +52,29 @@ def require_resolution(grid: Grid, factor: float, client: str) -> None:
             "lower max_weight or max_abs, or scale the weights up",
             client,
         )
+
+
+def check_server_lr(rule: str, rate: float) -> None:
+    """ConfigError unless a server's learning rate is a positive number."""
+    if not 0.0 < rate < math.inf:
+        raise ConfigError(f"{rule}: got server_lr={rate}, expected a positive number")
+
+
+def moved(current: Leaves, merged: Leaves, rate: float) -> Leaves:
+    """``current + rate (merged - current)`` in the dtypes of ``merged``; the very same leaves at rate 1.
+
+    Args:
+        current: name to leaf, at least those of ``merged``.
+        merged: name to leaf.
+        rate: the server's learning rate.
+    """
+    if rate == 1.0:
+        return merged
+    out = {}
+    for name, leaf in merged.items():
+        base = current[name].double()
+        out[name] = (base + rate * (leaf.double() - base)).to(leaf.dtype)
+    return out
 
 
 class MeanRule(Rule):
@@ -75,7 +111,38 @@ class MeanRule(Rule):
 
 
 @dataclass(frozen=True)
-class FedAvg(MeanRule):
+class SteppedMean(MeanRule):
+    """The mean, and a server learning rate.
+
+    Attributes:
+        server_lr: how far to go from the current leaves towards the mean; above 1 is beyond it.
+    """
+
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_server_lr(self.name, self.server_lr)
+
+    def init(
+        self, spec: Spec, *, current: Leaves | None = None, memory: Leaves | None = None, round: int = 0
+    ) -> State:
+        """See `Rule.init`; ``current`` is needed at any learning rate but 1."""
+        state = super().init(spec, current=current, memory=memory, round=round)
+        if self.server_lr != 1.0:
+            state.require_current(self.name)
+        return state
+
+    def finish(self, state: State) -> Leaves:
+        """See `Rule.finish`."""
+        merged = super().finish(state)
+        if self.server_lr == 1.0:
+            return merged
+        travelled = {name: merged[name] for name in state.sums["mean"].shapes}
+        return {**merged, **moved(state.require_current(self.name), travelled, self.server_lr)}
+
+
+@dataclass(frozen=True)
+class FedAvg(SteppedMean):
     """Weighted mean of the leaves (arXiv 1602.05629)."""
 
     name: ClassVar[str] = "fedavg"
@@ -88,7 +155,7 @@ class FedAvg(MeanRule):
 
 
 @dataclass(frozen=True)
-class FedProx(MeanRule):
+class FedProx(SteppedMean):
     """FedAvg whose clients stay near the global adapter (arXiv 1812.06127).
 
     Attributes:
@@ -106,7 +173,8 @@ class FedProx(MeanRule):
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.mu < float("inf"):
+        super().__post_init__()
+        if not 0.0 <= self.mu < math.inf:
             raise ConfigError(f"fedprox: got mu={self.mu}, expected a number that is not negative")
 
     def client_config(self, round: int = 0) -> dict[str, Scalar]:

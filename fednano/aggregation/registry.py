@@ -16,7 +16,7 @@ from fednano.aggregation.ranks import HetLoRA, NestedRanks
 from fednano.aggregation.residual import FedEx, FLoRA
 from fednano.aggregation.robust import Bulyan, Krum, Median, MultiKrum, TrimmedMean
 from fednano.aggregation.rule import Rule
-from fednano.aggregation.server_opt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from fednano.aggregation.server_opt import FedAdagrad, FedAdam, FedAvgM, FedExP, FedYogi
 from fednano.aggregation.sparse import Dare, DareTies, Ties
 from fednano.errors import ConfigError
 
@@ -24,7 +24,7 @@ __all__ = ["create_rule", "rule_class", "rule_names"]
 
 _ALL: tuple[type[Rule], ...] = (
     *(FedAvg, FedProx, FisherMerge),
-    *(FedAvgM, FedAdam, FedYogi, FedAdagrad),
+    *(FedAvgM, FedAdam, FedYogi, FedAdagrad, FedExP),
     *(Scaffold, QFedAvg),
     *(FFA, RoLoRA, FedSA, FedDPA),
     *(ProductMean, FedEx, FLoRA, HetLoRA, NestedRanks),

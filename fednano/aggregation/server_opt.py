@@ -1,13 +1,14 @@
 """Server optimisers: the merged change is a pseudo-gradient (arXiv 2003.00295; FedAvgM arXiv 1909.06335).
 
-With ``d = merged - current``:
+With ``d = merged - current`` and lr the server's learning rate (option ``server_lr``):
 
 - FedAvgM: ``m = beta m + d``; ``theta = current + lr m``
-- FedAdam: ``m = b1 m + (1 - b1) d``; ``v = b2 v + (1 - b2) d**2``; ``theta = current + lr_t m / (sqrt(v) +
-tau)``, with
-  Adam's correction ``lr_t = lr sqrt(1 - b2**t) / (1 - b1**t)`` if asked
+- FedAdam: ``m = b1 m + (1 - b1) d``; ``v = b2 v + (1 - b2) d**2``; ``theta = current + lr_t m / (sqrt(v) + tau)``,
+  with Adam's correction ``lr_t = lr sqrt(1 - b2**t) / (1 - b1**t)`` if asked
 - FedYogi: ``v = v - (1 - b2) d**2 sign(v - d**2)``, no correction
 - FedAdagrad: ``v = v + d**2``, ``m = d``
+- FedExP (arXiv 2301.09604): ``theta = current + lr max(1, sum_k w_k |d_k|**2 / (2 (|d|**2 + eps))) d``, with d_k the
+  change of client k and the weights w_k summing to one: the more the clients' changes differ, the longer the step
 
 The change comes from any other rule (``over``): FedAvg's mean by default, Fisher's or a robust rule's as well.
 Momenta are float64 and part of the checkpoint.
@@ -19,17 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fednano.aggregation.mean import check_server_lr
+from fednano.aggregation.reduce import sum_of_squares
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
 from fednano.aggregation.spec import Spec
 from fednano.aggregation.update import Leaves, Update
 from fednano.errors import ConfigError
 
-__all__ = ["FedAdagrad", "FedAdam", "FedAvgM", "FedYogi", "ServerOptimiser"]
+__all__ = ["FedAdagrad", "FedAdam", "FedAvgM", "FedExP", "FedYogi", "ServerOptimiser"]
 
 
 def _capability(summary: str, paper: str) -> Capability:
@@ -43,21 +47,25 @@ def _capability(summary: str, paper: str) -> Capability:
 
 @dataclass(frozen=True)
 class ServerOptimiser(Rule):
-    """What the four have in common; not a rule by itself.
+    """What they have in common; not a rule by itself.
 
     Attributes:
-        lr: the server's learning rate.
+        server_lr: the server's learning rate.
         decay: factor on the learning rate per round.
         over: name of the rule that merges the change.
     """
 
-    lr: float = 1.0
+    server_lr: float = 1.0
     decay: float = 1.0
     over: str = "fedavg"
 
+    moments: ClassVar[tuple[str, ...]] = ("m", "v")
+    """Which of the two moments outlive the round."""
+    measures_clients: ClassVar[bool] = False
+    """Whether the step depends on single clients' changes, and not on the merged one alone."""
+
     def __post_init__(self) -> None:
-        if not 0.0 < self.lr < math.inf:
-            raise ConfigError(f"{self.name}: got lr={self.lr}, expected a positive number")
+        check_server_lr(self.name, self.server_lr)
         if not 0.0 < self.decay <= 1.0:
             raise ConfigError(f"{self.name}: got decay={self.decay}, expected above 0 and at most 1")
         for name in ("beta", "beta1", "beta2"):
@@ -106,17 +114,18 @@ class ServerOptimiser(Rule):
         old, new = state.outer, {f"over/{k}": v for k, v in inner.memory(state).items()}
         steps = int(old["step"].item()) + 1 if "step" in old else 1
         new["step"] = torch.tensor(steps, dtype=torch.int64)
-        lr = self.lr * self.decay ** (steps - 1)
+        names = inner.travelling(state.spec, state.round)
+        changes = {name: merged[name].double() - current[name].double() for name in names}
+        rate = self.server_lr * self.decay ** (steps - 1) * self._length(state, changes)
         out = dict(merged)
-        for name in inner.travelling(state.spec, state.round):
-            base = current[name].double()
-            change = merged[name].double() - base
-            m = old.get(f"m/{name}", torch.zeros_like(base))
-            v = old.get(f"v/{name}", torch.zeros_like(base))
-            move, m, v = self._step(change, m, v, steps)
-            new[f"m/{name}"], new[f"v/{name}"] = m, v
-            out[name] = (base + lr * move).to(merged[name].dtype)
-        state.outer = {k: v for k, v in new.items() if not (k.startswith("v/") and isinstance(self, FedAvgM))}
+        for name, change in changes.items():
+            base, nothing = current[name].double(), torch.zeros_like(change)
+            before = {kind: old.get(f"{kind}/{name}", nothing) for kind in ("m", "v")}
+            move, m, v = self._step(change, before["m"], before["v"], steps)
+            after = {"m": m, "v": v}
+            new |= {f"{kind}/{name}": after[kind] for kind in self.moments}
+            out[name] = (base + rate * move).to(merged[name].dtype)
+        state.outer = new
         return out
 
     def memory(self, state: State) -> Leaves:
@@ -139,6 +148,10 @@ class ServerOptimiser(Rule):
         """As the rule below."""
         return self._inner().for_client(leaves, spec, ranks=ranks, scales=scales)
 
+    def _length(self, state: State, changes: Leaves) -> float:
+        """A factor on the learning rate, from the merged change of all leaves (float64)."""
+        return 1.0
+
     def _step(self, d: Tensor, m: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """From the change ``d`` and both moments (one shape): the move, and the new moments."""
         raise NotImplementedError
@@ -150,6 +163,7 @@ class FedAvgM(ServerOptimiser):
 
     beta: float = 0.9
 
+    moments: ClassVar[tuple[str, ...]] = ("m",)
     name: ClassVar[str] = "fedavgm"
     capability: ClassVar[Capability] = _capability("server momentum over the merged change", "1909.06335")
 
@@ -169,7 +183,7 @@ class FedAdam(ServerOptimiser):
         correct_bias: Adam's correction for moments that start at zero.
     """
 
-    lr: float = 0.01
+    server_lr: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
@@ -189,7 +203,7 @@ class FedAdam(ServerOptimiser):
 class FedYogi(ServerOptimiser):
     """Yogi on the server: the second moment moves by bounded steps."""
 
-    lr: float = 0.01
+    server_lr: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
@@ -207,9 +221,10 @@ class FedYogi(ServerOptimiser):
 class FedAdagrad(ServerOptimiser):
     """Adagrad on the server."""
 
-    lr: float = 0.01
+    server_lr: float = 0.01
     tau: float = 1e-3
 
+    moments: ClassVar[tuple[str, ...]] = ("v",)
     name: ClassVar[str] = "fedadagrad"
     capability: ClassVar[Capability] = _capability(
         "Adagrad on the server over the merged change", "2003.00295"
@@ -218,3 +233,61 @@ class FedAdagrad(ServerOptimiser):
     def _step(self, d: Tensor, m: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         v = v + d * d
         return d / (v.sqrt() + self.tau), d, v
+
+
+@dataclass(frozen=True)
+class FedExP(ServerOptimiser):
+    """Extrapolation: a step as long as the clients' changes disagree, never shorter than the merged change.
+
+    Where all clients send one change the step is that change; where they are orthogonal and many it approaches half
+    the sum of them. ``state.report["server_step"]`` is the factor that was taken.
+
+    Attributes:
+        eps: added to the squared norm of the merged change, against steps that explode where changes cancel.
+    """
+
+    eps: float = 1e-3
+
+    moments: ClassVar[tuple[str, ...]] = ()
+    measures_clients: ClassVar[bool] = True
+    name: ClassVar[str] = "fedexp"
+    capability: ClassVar[Capability] = Capability(
+        summary="a step along the merged change, as long as the clients' changes disagree",
+        paper="2301.09604",
+        exact=frozenset(),
+        exact_note="an extrapolation of the change that the rule below it merges",
+        secure_aggregation=False,  # the server measures each client's change
+        differential_privacy=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.eps < math.inf:
+            raise ConfigError(f"fedexp: got eps={self.eps}, expected a positive number")
+
+    def init(
+        self, spec: Spec, *, current: Leaves | None = None, memory: Leaves | None = None, round: int = 0
+    ) -> State:
+        """See `Rule.init`; ``current`` is needed."""
+        state = super().init(spec, current=current, memory=memory, round=round)
+        state.numbers["squares"] = Fraction(0)
+        return state
+
+    def add(self, state: State, update: Update) -> State:
+        """See `Rule.add`."""
+        current = state.require_current(self.name)
+        state = super().add(state, update)  # refuses what is not finite or of another shape
+        square = math.fsum(
+            sum_of_squares(leaf.double() - current[name].double()) for name, leaf in update.leaves.items()
+        )
+        state.numbers["squares"] += Fraction(update.weight) * Fraction(square)
+        return state
+
+    def _length(self, state: State, changes: Leaves) -> float:
+        mean = float(state.numbers["squares"] / state.weight)
+        whole = math.fsum(sum_of_squares(change) for change in changes.values())
+        state.report["server_step"] = max(1.0, mean / (2.0 * (whole + self.eps)))
+        return state.report["server_step"]
+
+    def _step(self, d: Tensor, m: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        return d, m, v

@@ -99,6 +99,8 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
         result.wire.add(wire)
         save_round(fed, phase, number, result)
         record = round_record(fed, phase, number, result, wire, time.monotonic() - began)
+        if done.state.report:
+            record["merge"] = done.state.report
         judge_round(fed, phase, number, result, record, rule=rule, watch=watch)
         reasons = done.failures.values()
         unreachable = bool(reasons) and all(text.startswith("HostUnavailable") for text in reasons)

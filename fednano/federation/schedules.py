@@ -45,8 +45,9 @@ def check_schedules(rule: Rule, config: RunConfig) -> None:
         return
     asked = set(rule.client_config(1))
     kept = asked & {"control_variates", "personal", "personal_adapter"}
-    if kept or isinstance(rule, ServerOptimiser):
-        what = "moments" if isinstance(rule, ServerOptimiser) else ", ".join(sorted(kept))
+    moments = isinstance(rule, ServerOptimiser) and bool(rule.moments)
+    if kept or moments:
+        what = "moments" if moments else ", ".join(sorted(kept))
         raise ConfigError(
             f"rule {rule.name!r} carries tensors of the adapters' rank from round to round ({what}), so the rank "
             "cannot change. Leave rank-schedule empty, or choose a rule such as 'flexlora'."

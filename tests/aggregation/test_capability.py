@@ -40,6 +40,7 @@ def test_every_rule_of_the_issue_exists() -> None:
             "fedadam",
             "fedyogi",
             "fedadagrad",
+            "fedexp",
             "qfedavg",
             "fisher",
         ),
@@ -72,6 +73,8 @@ def test_table_names_every_rule_in_words() -> None:
         ("flexlora", "nonlinear", {}, "does not fit a nonlinear"),
         ("ffa", "affine", {}, "does not fit"),
         ("rolora", "multilinear", {"products": False}, "form none"),
+        ("fedexp", "affine", {"secure_aggregation": True}, "nothing but sums"),
+        (create_rule("fedexp", over="flexlora"), "multilinear", {"ranks_differ": True}, "different ranks"),
         (create_rule("fedadam", over="krum"), "affine", {"secure_aggregation": True}, "nothing but sums"),
     ],
 )

@@ -73,14 +73,14 @@ def flower_rounds(
         ("fedavg", {}, flower.FedAvg, 1),
         (
             "fedavgm",
-            {"lr": 0.7, "beta": 0.8},
+            {"server_lr": 0.7, "beta": 0.8},
             lambda: flower.FedAvgM(server_learning_rate=0.7, server_momentum=0.8),
             1,
         ),
         # Flower corrects round t with the exponent t + 1; starting it at round 0 gives Adam's own exponent.
-        ("fedadam", {"lr": 0.05}, lambda: flower.FedAdam(eta=0.05), 0),
-        ("fedyogi", {"lr": 0.05, "tau": 1e-2}, lambda: flower.FedYogi(eta=0.05, tau=1e-2), 1),
-        ("fedadagrad", {"lr": 0.05}, lambda: flower.FedAdagrad(eta=0.05), 1),
+        ("fedadam", {"server_lr": 0.05}, lambda: flower.FedAdam(eta=0.05), 0),
+        ("fedyogi", {"server_lr": 0.05, "tau": 1e-2}, lambda: flower.FedYogi(eta=0.05, tau=1e-2), 1),
+        ("fedadagrad", {"server_lr": 0.05}, lambda: flower.FedAdagrad(eta=0.05), 1),
         ("qfedavg", {"q": 0.7, "lr": 0.2}, lambda: flower.QFedAvg(client_learning_rate=0.2, q=0.7), 1),
         ("qfedavg", {"q": 0.0, "lr": 0.2}, lambda: flower.QFedAvg(client_learning_rate=0.2, q=0.0), 1),
     ],
@@ -99,7 +99,9 @@ def test_against_flower(
             assert torch.allclose(a[leaf], b[leaf], rtol=0, atol=2e-8), (name, leaf)
 
 
-@pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "qfedavg"])
+@pytest.mark.parametrize(
+    "name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedexp", "scaffold", "qfedavg"]
+)
 def test_any_order_gives_the_same_bits_over_rounds(make_spec, make_updates, name) -> None:  # type: ignore[no-untyped-def]
     spec = make_spec(d=6, rank=2, dtype=torch.float32)
     start = make_updates(spec, 1, seed=99)[0].leaves
@@ -117,10 +119,72 @@ def test_plain_settings_are_fedavg(make_spec, make_updates) -> None:  # type: ig
     start = make_updates(spec, 1, seed=99)[0].leaves
     batches = [make_updates(spec, 3, seed=1)]
     plain, _ = rounds(create_rule("fedavg"), spec, start, batches)
-    for name, options in (("fedavgm", {"lr": 1.0, "beta": 0.0}), ("scaffold", {})):
+    for name, options in (("fedavgm", {"server_lr": 1.0, "beta": 0.0}), ("scaffold", {})):
         got, _ = rounds(create_rule(name, **options), spec, start, batches)
         for leaf in spec.leaves:
             assert torch.allclose(got[0][leaf], plain[0][leaf], atol=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 4.0])
+def test_fedexp_follows_its_formula_in_float64(make_spec, make_updates, spread) -> None:  # type: ignore[no-untyped-def]
+    """Against dense algebra, at clients that agree (the step is the mean's) and clients that do not."""
+    spec = make_spec()
+    start, common = (make_updates(spec, 1, seed=s)[0].leaves for s in (99, 98))
+    updates = [
+        dataclasses.replace(
+            u, leaves={n: start[n] + 0.1 * (common[n] + spread * leaf) for n, leaf in u.leaves.items()}
+        )
+        for u in make_updates(spec, 6, seed=1)
+    ]
+    rule = create_rule("fedexp", server_lr=0.9, decay=0.5, eps=0.02)
+    memory: Leaves = {}
+    for number in range(2):
+        state = rule.init(spec, current=start, memory=memory)
+        for u in updates:
+            rule.add(state, u)
+        got = rule.finish(state)
+        memory = rule.memory(state)
+        flat = torch.stack([torch.cat([(u.leaves[n] - start[n]).flatten() for n in start]) for u in updates])
+        share = torch.tensor([u.weight for u in updates], dtype=torch.float64)
+        share = share / share.sum()
+        mean = share @ flat
+        step = max(1.0, float(share @ flat.square().sum(1)) / (2 * (float(mean @ mean) + 0.02)))
+        assert (step > 1.0) == (spread > 1.0)
+        assert state.report["server_step"] == pytest.approx(step, rel=1e-9)
+        want = torch.cat([start[n].flatten() for n in start]) + 0.9 * 0.5**number * step * mean
+        assert torch.allclose(torch.cat([got[n].flatten() for n in start]), want, rtol=0, atol=1e-8)
+        assert set(memory) == {"step"}
+
+
+def test_fedexp_over_another_rule_measures_what_travels(make_spec, make_updates) -> None:  # type: ignore[no-untyped-def]
+    spec = make_spec()
+    start = make_updates(spec, 1, seed=99)[0].leaves
+    updates = [
+        dataclasses.replace(u, leaves={n: start[n] + u.leaves[n] for n in ("image.B", "text.B")})
+        for u in make_updates(spec, 8, seed=1)
+    ]
+    (got,), _ = rounds(create_rule("fedexp", over="ffa"), spec, start, [updates])
+    (plain,), _ = rounds(create_rule("ffa"), spec, start, [updates])
+    assert torch.equal(got["image.A"], start["image.A"])
+    moves = [(got[n] - start[n]) / (plain[n] - start[n]) for n in ("image.B", "text.B")]
+    step = float(moves[0].mean())
+    assert step > 1.0
+    assert all(torch.allclose(m, torch.full_like(m, step)) for m in moves)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold"])
+def test_a_server_learning_rate_goes_beyond_the_mean(make_spec, make_updates, name) -> None:  # type: ignore[no-untyped-def]
+    spec = make_spec()
+    start = make_updates(spec, 1, seed=99)[0].leaves
+    batches = [make_updates(spec, 3, seed=1)]
+    (plain,), _ = rounds(create_rule(name), spec, start, batches)
+    (beyond,), _ = rounds(create_rule(name, server_lr=1.5), spec, start, batches)
+    (momentum,), _ = rounds(create_rule("fedavgm", server_lr=1.5, beta=0.0), spec, start, batches)
+    for leaf in spec.leaves:
+        assert torch.allclose(beyond[leaf], start[leaf] + 1.5 * (plain[leaf] - start[leaf]), atol=1e-9)
+        assert torch.allclose(beyond[leaf], momentum[leaf], atol=1e-9)
+    with pytest.raises(ConfigError, match="current"):
+        create_rule(name, server_lr=1.5).init(spec)
 
 
 def test_optimiser_over_another_rule(make_spec, make_updates) -> None:  # type: ignore[no-untyped-def]
@@ -128,7 +192,9 @@ def test_optimiser_over_another_rule(make_spec, make_updates) -> None:  # type: 
     start = make_updates(spec, 1, seed=99)[0].leaves
     updates = make_updates(spec, 3, seed=1, fisher=True)
     fisher, _ = rounds(create_rule("fisher"), spec, start, [updates])
-    got, memory = rounds(create_rule("fedavgm", lr=0.5, beta=0.9, over="fisher"), spec, start, [updates])
+    got, memory = rounds(
+        create_rule("fedavgm", server_lr=0.5, beta=0.9, over="fisher"), spec, start, [updates]
+    )
     for leaf in spec.leaves:
         assert torch.allclose(got[0][leaf], start[leaf] + 0.5 * (fisher[0][leaf] - start[leaf]), atol=1e-9)
     assert set(memory) == {"step", *(f"m/{n}" for n in spec.leaves)}
@@ -144,7 +210,7 @@ def test_optimiser_over_another_rule(make_spec, make_updates) -> None:  # type: 
 def test_scaffold_follows_the_papers_client_formulas(make_spec, make_updates) -> None:  # type: ignore[no-untyped-def]
     """Clients that keep and send their variates give the same server variate as the two numbers they send here."""
     spec = make_spec()
-    rule = create_rule("scaffold", clients=6, lr=0.8)
+    rule = create_rule("scaffold", clients=6, server_lr=0.8)
     current = make_updates(spec, 1, seed=99)[0].leaves
     c = {n: torch.zeros(s.shape, dtype=torch.float64) for n, s in spec.leaves.items()}
     own: dict[str, Leaves] = {}
@@ -206,11 +272,14 @@ def test_missing_or_bad_metrics(make_spec, make_updates, name, metrics) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("fedadam", {"lr": 0.0}),
+        ("fedadam", {"server_lr": 0.0}),
         ("fedadam", {"beta1": 1.0}),
         ("fedadam", {"tau": 0.0}),
         ("fedavgm", {"decay": 0.0}),
         ("fedavgm", {"beta": -0.1}),
+        ("fedavg", {"server_lr": 0.0}),
+        ("fedprox", {"server_lr": math.inf}),
+        ("fedexp", {"eps": 0.0}),
         ("fedyogi", {"over": "fedadam"}),
         ("fedyogi", {"over": "nothing"}),
         ("scaffold", {"clients": -1}),

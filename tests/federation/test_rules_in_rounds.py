@@ -55,6 +55,14 @@ def test_every_rule_runs(rule: str, laboratory: Any) -> None:
     assert not [row for row in fed.folder.metrics() if "refused" in row]
 
 
+def test_the_metrics_tell_how_far_fedexp_went(laboratory: Any) -> None:
+    fed = laboratory.federation(rule="fedexp")
+    laboratory.rounds("fedexp", fed=fed)
+    steps = [row["merge"]["server_step"] for row in fed.folder.metrics() if row["scope"] == "global"]
+    assert len(steps) == 2
+    assert min(steps) >= 1.0
+
+
 @pytest.mark.parametrize("rule", ["scaffold", "feddpa", "flora", "fedadam", "dare"])
 def test_same_seed_same_bits(rule: str, laboratory: Any) -> None:
     first, again = laboratory.rounds(rule), laboratory.rounds(rule)
