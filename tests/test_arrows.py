@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "security": {"errors", "runs.atomic"},
     "host": {"errors", "models", "security", "training.objectives"},
     "training": {"errors", "adapters", "models", "data"},
+    "privacy": {"errors"},
     "federation": {
         "errors",
         "adapters",
@@ -29,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation",
         "host",
         "models",
+        "privacy",
         "runs",
         "security",
         "training",

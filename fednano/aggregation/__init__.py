@@ -6,6 +6,7 @@ Knows neither Flower nor gRPC. Start with `create_rule`, `Spec`, `Update` and `v
 from fednano.aggregation.capability import algebra_name, check_combination, default_rule, rule_table
 from fednano.aggregation.codecs import Codec, codec_names, create_codec, decode_fisher, encode_fisher
 from fednano.aggregation.fixedpoint import FixedSum, Grid
+from fednano.aggregation.linear import Layout, layout_of, read_sum, vector_of
 from fednano.aggregation.registry import create_rule, rule_class, rule_names
 from fednano.aggregation.rule import Aggregator, Capability, Rule, State
 from fednano.aggregation.spec import LeafSpec, Product, Spec
@@ -18,6 +19,7 @@ __all__ = [
     "Codec",
     "FixedSum",
     "Grid",
+    "Layout",
     "LeafSpec",
     "Leaves",
     "Product",
@@ -36,9 +38,12 @@ __all__ = [
     "default_rule",
     "encode_fisher",
     "freshen",
+    "layout_of",
+    "read_sum",
     "rule_class",
     "rule_names",
     "rule_table",
     "staleness_weight",
     "validate",
+    "vector_of",
 ]

@@ -186,6 +186,25 @@ class FixedSum:
             for name, ring in self._ring.items()
         }
 
+    def restore(self, integers: Mapping[str, U64], count: int) -> None:
+        """Take over sums in steps, as `integers` gives them, that ``count`` terms were added up to elsewhere.
+
+        Args:
+            integers: name to ``(numel,)`` words, the two's complement of the sums.
+            count: of terms.
+
+        Raises:
+            Refusal: "capacity" for more terms than the grid admits; "schema" for another size.
+        """
+        if count > self.grid.clients:
+            raise Refusal("capacity", f"a sum of {count} terms, the grid admits {self.grid.clients}")
+        offset = np.uint64((count * _MAGIC_BITS) % _RING)
+        for name, ring in self._ring.items():
+            if integers[name].shape != ring.shape:
+                raise Refusal("schema", f"leaf {name} has {integers[name].size} sums, expected {ring.size}")
+            np.add(integers[name], offset, out=ring)
+        self.count = count
+
     def value(self, name: str, divisor: float = 1.0) -> Tensor:
         """One sum divided by ``divisor``, as ``float64`` of the given shape."""
         return self.write(name, divisor, torch.float64)

@@ -50,6 +50,13 @@ def _install(message: Message, context: Context) -> Message:
     return _answer(install, message, context)
 
 
+@client_app.query("secure")
+def _secure(message: Message, context: Context) -> Message:
+    from fednano.federation.client_task import secure
+
+    return _answer(secure, message, context)
+
+
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
     from fednano.federation.client_task import train

@@ -12,8 +12,10 @@ from fednano.aggregation.robust import Bulyan
 from fednano.errors import ConfigError
 from fednano.federation.config import RunConfig, parse_settings
 from fednano.federation.judging import judge_all, record_accuracy
+from fednano.federation.model import gathers
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
 from fednano.federation.schedules import check_schedules
+from fednano.federation.secure import check_secure
 from fednano.federation.uplink import codec_for
 
 __all__ = ["BaselineResult", "build_rule", "check_rule", "other_rule", "run_baselines"]
@@ -95,6 +97,7 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
             f"and {taking_part} take part. Lower malicious, or raise clients or fraction."
         )
     check_schedules(rule, config)
+    check_secure(config, gathers(config))
     if config.keep == "best" and {"personal", "personal_adapter"} & set(rule.client_config(1)):
         raise ConfigError(
             f"rule {rule.name!r} leaves personal adapters with the clients, which keep their last ones only, so keep "
@@ -104,6 +107,7 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
         rule,
         spec.algebra,
         products=bool(spec.products),
+        secure_aggregation=config.secure_aggregation,
         ranks_differ=bool(config.own_ranks),
         codec=config.codec,
         late=config.late == "buffer",

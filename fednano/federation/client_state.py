@@ -13,15 +13,17 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fednano.errors import RunError
+from fednano.federation.messages import Instruction
 from fednano.runs.atomic import write_bytes
 
-__all__ = ["ClientState"]
+__all__ = ["ClientState", "state_of"]
 
 _NAME = re.compile(r"round-(\d{4,})\.safetensors")
 
@@ -80,3 +82,9 @@ def _word(name: str) -> str:
     """A name as one safe path component; different names stay different."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:48]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def state_of(instruction: Instruction, node: Mapping[str, Any], name: str) -> ClientState:
+    """Where a client remembers: the folder ``state`` of its node configuration, else the run's cache folder."""
+    root = str(node.get("state", "")) or instruction.config.cache_dir or "cache"
+    return ClientState(Path(root), instruction.run, instruction.phase, name)

@@ -23,7 +23,8 @@ from torch import Tensor
 from fednano.data import BadRow, Dataset, Sample
 from fednano.errors import ConfigError, DataError, FednanoError
 from fednano.evaluation import exact_match
-from fednano.federation.client_state import ClientState
+from fednano.federation.baselines import build_rule
+from fednano.federation.client_state import state_of
 from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.gathering import BasisStore, client_gradients, unflatten
 from fednano.federation.messages import HostTicket, Instruction, Reply
@@ -40,6 +41,7 @@ from fednano.federation.model import (
 from fednano.federation.participation import compose, contribute, own_leaves
 from fednano.federation.personal import mixed_answers
 from fednano.federation.schedules import fit_rank
+from fednano.federation.secure_client import answer, check_ready, masked
 from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
@@ -49,7 +51,18 @@ from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
 from fednano.training.seeds import stream_seed
 
-__all__ = ["POOL", "Worker", "evaluate", "gather", "hello", "install", "perform", "site_name", "train"]
+__all__ = [
+    "POOL",
+    "Worker",
+    "evaluate",
+    "gather",
+    "hello",
+    "install",
+    "perform",
+    "secure",
+    "site_name",
+    "train",
+]
 
 POOL = "pool"
 """Name under which the centralised baseline trains."""
@@ -84,6 +97,7 @@ _PASSING = frozenset(
             "lr-final",
         ),
         *("start-from", "rank-schedule", "client-ranks", "early-stop", "keep", "evaluate-clients-every"),
+        *("secure-aggregation", "secure-threshold"),
     }
 )
 """Settings that come with each request and decide nothing about what a process loads."""
@@ -266,6 +280,8 @@ def hello(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
 def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     """Train the adapters for one round from the leaves given, and report them."""
     config, name = instruction.config, site_name(node)
+    if instruction.secure:
+        check_ready(instruction, state_of(instruction, node, name))
     worker = Worker.get(config)
     worker.require_basis(instruction.basis)
     share = worker.share(name, node, pool=instruction.pool)
@@ -278,7 +294,7 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         instruction,
         llm,
         share.data,
-        _state(instruction, node, acting),
+        state_of(instruction, node, acting),
         client=acting,
         samples=config.samples * (config.participants(config.clients) if instruction.pool else 1),
     )
@@ -299,7 +315,17 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         "basis": worker.edge.basis_fingerprint(),
         "edge": worker.edge.edge.fingerprint,
     }
-    return Reply(name, instruction.round, metrics, facts, done.leaves, done.fisher)
+    reply = Reply(name, instruction.round, metrics, facts, done.leaves, done.fisher)
+    if instruction.secure:
+        rule = build_rule(config, config.rule)
+        return masked(reply, instruction, rule, worker.start, state_of(instruction, node, name))
+    return reply
+
+
+def secure(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
+    """Take part in the exchanges of secure aggregation that are not training."""
+    name = site_name(node)
+    return answer(instruction, name, state_of(instruction, node, name))
 
 
 def gather(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
@@ -330,7 +356,7 @@ def evaluate(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     if not share.held_out:
         raise DataError(f"{name} holds no samples out. Raise holdout, or give it more data.")
     personal = instruction.advice.get("personal") or instruction.advice.get("personal_adapter")
-    memory = _state(instruction, node, name).load(instruction.accepted) if personal else {}
+    memory = state_of(instruction, node, name).load(instruction.accepted) if personal else {}
     leaves = compose(worker, instruction, memory)
     fit_rank(worker.edge, leaves)
     worker.edge.load_travelling(leaves)
@@ -349,12 +375,6 @@ def evaluate(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     right = sum(exact_match(a, s.answer) for a, s in zip(answers, share.held_out, strict=True))
     metrics = {"accuracy": right / len(answers), "samples": len(answers)}
     return Reply(name, instruction.round, metrics, {})
-
-
-def _state(instruction: Instruction, node: Mapping[str, Any], name: str) -> ClientState:
-    """Where this client remembers: the folder ``state`` of its node configuration, else the run's cache folder."""
-    root = str(node.get("state", "")) or instruction.config.cache_dir or "cache"
-    return ClientState(Path(root), instruction.run, instruction.phase, name)
 
 
 def perform(

@@ -128,6 +128,13 @@ class RunConfig:
     join_timeout: float = _setting(
         300.0, "seconds to wait for the clients to appear and to load their models"
     )
+    # Privacy
+    secure_aggregation: bool = _setting(
+        False, "let the server see nothing but sums of updates; for rules that need no more"
+    )
+    secure_threshold: float = _setting(
+        0.6, "share of a round's clients that must be left to add up securely; above 0.5"
+    )
     # Language model
     placement: str = _setting(
         "split", "'split': language model on the host; 'local': whole model at each client"
@@ -217,6 +224,10 @@ class RunConfig:
             raise ConfigError(f"fraction is {self.fraction}; expected a number above 0 and at most 1.")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
+        if not 0.5 < self.secure_threshold <= 1:
+            raise ConfigError(
+                f"secure-threshold is {self.secure_threshold}; expected a number above 0.5 and at most 1."
+            )
         if not 0 < self.lr_final <= 1:
             raise ConfigError(f"lr-final is {self.lr_final}; expected a number above 0 and at most 1.")
 

@@ -51,7 +51,8 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
     if delivery.asked != number:
         record["trained_for"] = delivery.asked
     if reason is None:
-        record |= {"loss": metrics["loss"], "samples": int(metrics["samples"])}
+        if "loss" in metrics:  # secure aggregation shows the server the sum over all clients only
+            record |= {"loss": metrics["loss"], "samples": int(metrics["samples"])}
         record["encoded"] = int(metrics.get("encoded", 0))
     else:
         record["refused"] = reason
@@ -60,7 +61,7 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
     fed.view.client_done(
         delivery.client,
         loss=metrics.get("loss") if reason is None else None,
-        samples=int(metrics["samples"]) if reason is None else None,
+        samples=int(metrics["samples"]) if reason is None and "samples" in metrics else None,
         seconds=delivery.seconds,
         bytes=planes,
         refused=reason,

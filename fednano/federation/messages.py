@@ -104,6 +104,7 @@ class Instruction:
         accepted: the last round whose update of this client was merged; 0 = none.
         extra: what a merge rule sends beside the leaves: control variates, residuals.
         tombstones: samples that the client must leave out; set on the way by `ForgettingGrid`.
+        secure: the exchange of secure aggregation that this request belongs to, see `secure_client`; empty without it.
     """
 
     config: RunConfig
@@ -118,6 +119,7 @@ class Instruction:
     accepted: int = 0
     extra: dict[str, Tensor] = field(default_factory=dict)
     tombstones: Tombstones = field(default_factory=Tombstones)
+    secure: dict[str, Any] = field(default_factory=dict)
 
     def to_records(self) -> RecordDict:
         """As the content of a Flower message."""
@@ -144,6 +146,8 @@ class Instruction:
         )
         if self.extra:
             content["extra"] = encode_tensors(self.extra)
+        if self.secure:
+            content["secure"] = ConfigRecord(self.secure)
         return content
 
     @classmethod
@@ -165,6 +169,7 @@ class Instruction:
             accepted=task["accepted"],
             extra=decode_tensors(content.array_records["extra"]) if "extra" in content.array_records else {},
             tombstones=_tombstones(content),
+            secure=dict(content.config_records["secure"]) if "secure" in content.config_records else {},
         )
 
 

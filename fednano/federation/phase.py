@@ -9,7 +9,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fednano.aggregation import Rule, Spec
+from fednano.aggregation import Rule, Spec, State
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Delivery, Stop
@@ -17,7 +17,7 @@ from fednano.federation.messages import HostTicket
 from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder, RunView
 
-__all__ = ["MAIN_PHASE", "Federation", "Leaves", "PhaseResult", "WireTotals"]
+__all__ = ["MAIN_PHASE", "Federation", "Leaves", "Merge", "PhaseResult", "WireTotals", "sent_beside"]
 
 Leaves = dict[str, Tensor]
 
@@ -106,6 +106,24 @@ class Federation:
     edge: str = ""
     seeded: Mapping[str, Tensor] = field(default_factory=dict)
     nano: NanoEdge | None = None
+
+
+@dataclass
+class Merge:
+    """One round's merge in progress.
+
+    Attributes:
+        state: of the rule.
+        merged: client to the round that its update was trained for.
+        losses: client, training loss and weight of each merged update; of all together under one name where the server
+            knows no more.
+        failures: why the others of this round were not merged.
+    """
+
+    state: State
+    merged: dict[str, int] = field(default_factory=dict)
+    losses: list[tuple[str, float, float]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from fednano.aggregation import Rule, Spec, State
+from fednano.aggregation import Rule, Spec
 from fednano.errors import RunError, UpdateRefused
 from fednano.federation.alone import run_pooled, run_separate
 from fednano.federation.asking import ask, instruct, sample_clients, take_in
@@ -22,8 +22,9 @@ from fednano.federation.ledger import (
     round_record,
     save_round,
 )
-from fednano.federation.phase import MAIN_PHASE, Federation, Leaves, PhaseResult, WireTotals
+from fednano.federation.phase import MAIN_PHASE, Federation, Leaves, Merge, PhaseResult, WireTotals
 from fednano.federation.schedules import at_rank, rank_at
+from fednano.federation.secure import merge_securely
 from fednano.federation.specification import spec_of
 from fednano.federation.watching import Watch, judge_round
 
@@ -38,23 +39,6 @@ __all__ = [
     "run_separate",
     "sample_clients",
 ]
-
-
-@dataclass
-class _Merge:
-    """One round's merge in progress.
-
-    Attributes:
-        state: of the rule.
-        merged: client to the round that its update was trained for.
-        losses: client, training loss and weight of each merged update.
-        failures: why the others of this round were not merged.
-    """
-
-    state: State
-    merged: dict[str, int] = field(default_factory=dict)
-    losses: list[tuple[str, float, float]] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> PhaseResult:
@@ -155,7 +139,7 @@ def _at_scheduled_rank(fed: Federation, result: PhaseResult, number: int) -> Fed
     return replace(fed, spec=spec)
 
 
-def _settle(rule: Rule, spec: Spec, done: _Merge, result: PhaseResult, least: int) -> str:
+def _settle(rule: Rule, spec: Spec, done: Merge, result: PhaseResult, least: int) -> str:
     """Put a round's merge into effect. Returns why it was not, where it could not be; empty otherwise."""
     if len(done.merged) < least:
         return f"{len(done.merged)} valid updates, fewer than min-replies {least}" if done.merged else ""
@@ -180,14 +164,16 @@ def _one_round(
     wire: WireTotals,
     outstanding: Outstanding,
     origins: Mapping[int, Leaves],
-) -> _Merge:
+) -> Merge:
     """Ask clients, and merge what comes back, until all have answered, enough have, or the deadline has passed."""
     config = fed.config
+    if config.secure_aggregation:
+        return merge_securely(fed, phase, rule, number, result, wire)
     chosen = sample_clients(config, list(fed.nodes), number, config.over_select)
     if config.late == "buffer":  # one job at a time: who still works on an older one is left to it
         chosen = [client for client in chosen if not outstanding.busy(client)] or chosen
     wanted = config.participants(len(fed.nodes)) if config.over_select else len(fed.nodes) + 1
-    merge = _Merge(rule.init(fed.spec, current=result.leaves, memory=result.memory, round=number))
+    merge = Merge(rule.init(fed.spec, current=result.leaves, memory=result.memory, round=number))
     fed.view.round_started(number, chosen)
     instructions = instruct(fed, phase, rule, number, result, chosen)
     with closing(ask(fed, phase, number, instructions, wire, outstanding)) as deliveries:

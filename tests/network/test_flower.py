@@ -144,6 +144,14 @@ def test_superlink_and_two_supernodes(sandbox: Any, reference: Path) -> None:
     path = only_run(sandbox.folder / "deployed")
     check(path)
     assert_same_adapter(path, reference)
+    # Under secure aggregation, each of whose four exchanges is a process of its own: the server merges the same bits.
+    settings |= {"runs-dir": str(sandbox.folder / "secure"), "secure-aggregation": True, "rounds": 1}
+    sandbox.run(
+        "flwr", "run", str(ROOT), "here", "--stream", "--run-config", as_run_config(**settings), timeout=1000
+    )
+    path = only_run(sandbox.folder / "secure")
+    assert_same_adapter(path, reference, "checkpoints/round-0001/adapter.safetensors")
+    assert "secure aggregation of 2 clients" in (path / "events.jsonl").read_text()
 
 
 def test_a_ray_simulation_ends_cleanly_on_ctrl_c_with_the_same_bits_so_far(
