@@ -48,8 +48,10 @@ ALLOWED: dict[str, set[str]] = {
         "security",
         "training",
     },
+    "deploy": {"errors", "federation", "host", "runs", "security"},
     "cli": {
         "errors",
+        "deploy",
         "unlearning",
         "export",
         "adapters",

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from fednano import __version__
+from fednano.cli.audit import app as audit_app
 from fednano.cli.bench import app as bench_app
+from fednano.cli.deploy import app as deploy_app
 from fednano.cli.evaluate import app as evaluate_app
 from fednano.cli.options import settings_options
 from fednano.cli.unlearn import app as unlearn_app
@@ -23,7 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated adapter tuning for multimodal LLMs, with the LLM on the server.",
 )
+app.add_typer(audit_app, name="audit")
 app.add_typer(bench_app, name="bench")
+app.add_typer(deploy_app, name="deploy")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(unlearn_app, name="unlearn")
 

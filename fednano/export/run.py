@@ -15,6 +15,7 @@ from fednano.errors import ConfigError, ModelError
 from fednano.export.bridge import changes
 from fednano.export.card import model_card
 from fednano.federation.answer import tuned_edge
+from fednano.federation.enrolled import auditor_of
 from fednano.models.edge import NanoEdge
 from fednano.models.files import find_model
 from fednano.models.load import load_whole
@@ -156,6 +157,7 @@ def export_run(
     except (OSError, ModelError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    auditor_of(config.to_mapping()).record("export", run=folder.id, format=kind, folder=str(target))
     return Export(target, kind, sites)
 
 

@@ -46,6 +46,7 @@ from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.runs.tombstones import Tombstones
+from fednano.security.place import Credentials, SiteBundle
 from fednano.training.answers import generate_answers
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
@@ -123,6 +124,9 @@ class Worker:
     forgotten = Tombstones()
     """What the request at hand says that its client must leave out."""
 
+    credentials: Credentials | None = None
+    """What this site shows the language host, and whom it believes; a simulated client has none."""
+
     def __init__(self, config: RunConfig) -> None:
         use_threads(config)
         self.config = config
@@ -164,11 +168,13 @@ class Worker:
 
     def llm(self, ticket: HostTicket) -> LanguageModel:
         """The connection to the run's language model, opened once."""
-        if self._llm is None or ticket != self._ticket:
+        if self._llm is None or replace(ticket, token=b"") != self._ticket:
             self._connection.close()
             self._connection = ExitStack()
-            self._llm = self._connection.enter_context(connect(self.config, ticket))
-            self._ticket = ticket
+            self._llm = self._connection.enter_context(connect(self.config, ticket, self.credentials))
+            self._ticket = replace(ticket, token=b"")
+        elif isinstance(self._llm, RemoteLLM) and ticket.token:
+            self._llm.use_token(ticket.token)
         return self._llm
 
     def install(self, basis: Mapping[str, Tensor]) -> None:
@@ -383,6 +389,8 @@ def perform(
     """Run a task; an error a user can understand becomes the reply instead of a crash of the client's process."""
     try:
         Worker.forgotten = instruction.tombstones
+        bundle = str(node.get("bundle", ""))
+        Worker.credentials = SiteBundle(Path(bundle)).credentials if bundle else None
         reply = task(instruction, node)
         return replace(reply, facts={**reply.facts, "tombstones": instruction.tombstones.digest})
     except FednanoError as error:

@@ -144,6 +144,9 @@ class RunConfig:
         "", "PEM file of the authority that signed that host's certificate; empty = loopback only"
     )
     host_token_file: str = _setting("", "file with the token that admits this run to that host, base64url")
+    server_dir: str = _setting(
+        "", "folder of a federation's server: its host, its keys, its audit log; see `fednano deploy`"
+    )
     host_workers: int = _setting(2, "steps that the host computes at the same time")
     host_retry: float = _setting(60.0, "seconds that a client tries to reach a host that does not answer")
     wire_dtype: str = _setting(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fednano.errors import ConfigError, HostError
 from fednano.federation.config import RunConfig
+from fednano.federation.enrolled import own_ticket, place_of
 from fednano.federation.messages import HostTicket
 from fednano.federation.model import connect
 from fednano.host import HostProcess, RemoteLLM, host_command, new_token
@@ -19,14 +20,15 @@ __all__ = ["open_host"]
 
 
 @contextmanager
-def open_host(config: RunConfig, view: RunView, log: Path) -> Iterator[HostTicket]:
+def open_host(config: RunConfig, view: RunView, log: Path, run: str) -> Iterator[HostTicket]:
     """Give the run its language host, for as long as the block lasts.
 
     Args:
-        config: the run's settings; with ``host_address`` the operator's host is used, else one is started here, on
-            the loopback interface, with a token that only this run's clients learn.
+        config: the run's settings; with ``server_dir`` or ``host_address`` the operator's host is used, else one is
+            started here, on the loopback interface, with a token that only this run's clients learn.
         view: told where the host is.
         log: file for what the started host writes.
+        run: id of the run.
 
     Raises:
         HostError: the host does not start, or does not answer.
@@ -34,12 +36,13 @@ def open_host(config: RunConfig, view: RunView, log: Path) -> Iterator[HostTicke
     if config.placement == "local":
         yield HostTicket()
         return
-    if config.host_address:
-        ticket = _outside_ticket(config)
-        with connect(config, ticket) as llm:
+    place = place_of(config.to_mapping())
+    if place is not None or config.host_address:
+        ticket = own_ticket(place, run) if place else _outside_ticket(config)
+        with connect(config, ticket, place.credentials if place else None) as llm:
             assert isinstance(llm, RemoteLLM)
             fingerprint = llm.describe().fingerprint
-        view.message(f"language host: {config.host_address}")
+        view.message(f"language host: {ticket.address}")
         yield replace(ticket, fingerprint=fingerprint)
         return
     token = new_token()

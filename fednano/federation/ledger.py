@@ -58,6 +58,11 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
         record["refused"] = reason
         fed.folder.append_event("warning", f"{phase}, round {number}, {delivery.client}: {reason}")
     fed.folder.append_metrics(record)
+    told = {"run": fed.folder.id, "phase": phase, "round": number, "site": delivery.client}
+    if reason is None:
+        fed.auditor.record("update accepted", **told, samples=record["samples"])
+    else:
+        fed.auditor.record("update refused", **told, reason=reason[:500])
     fed.view.client_done(
         delivery.client,
         loss=metrics.get("loss") if reason is None else None,

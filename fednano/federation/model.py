@@ -19,6 +19,7 @@ from fednano.host import RemoteLLM
 from fednano.models.edge import EdgePart, NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.models.load import load_edge
+from fednano.security.place import Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,8 +96,13 @@ def put_adapters(
 
 
 @contextmanager
-def connect(config: RunConfig, ticket: HostTicket) -> Iterator[LanguageModel]:
+def connect(config: RunConfig, ticket: HostTicket, own: Credentials | None = None) -> Iterator[LanguageModel]:
     """The run's language model: on its host, or whole in this process for placement ``local``.
+
+    Args:
+        config: the run's settings.
+        ticket: how to reach the host.
+        own: what this side shows and believes instead of what the ticket says.
 
     Raises:
         HostUnavailable: the host does not answer.
@@ -111,8 +117,10 @@ def connect(config: RunConfig, ticket: HostTicket) -> Iterator[LanguageModel]:
     with RemoteLLM(
         ticket.address,
         token=ticket.token or None,
-        root_certificates=ticket.root_certificates or None,
-        insecure=not ticket.root_certificates,
+        root_certificates=own.root if own else ticket.root_certificates or None,
+        client_key=own.key if own else None,
+        client_certificate=own.certificate if own else None,
+        insecure=own is None and not ticket.root_certificates,
         wire_dtype=getattr(torch, config.wire_dtype),
         factored=config.exchange == "factored",
         retry_seconds=config.host_retry,

@@ -16,6 +16,7 @@ from fednano.federation.exchange import Delivery, Stop
 from fednano.federation.messages import HostTicket
 from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder, RunView
+from fednano.security.audit import Auditor
 
 __all__ = ["MAIN_PHASE", "Federation", "Leaves", "Merge", "PhaseResult", "WireTotals", "sent_beside"]
 
@@ -88,6 +89,7 @@ class Federation:
         simulated: whether the clients hold parts of one data set, instead of data of their own.
         basis: fingerprint of the adapters' basis, where one was shipped.
         edge: fingerprint of the edge weights that every update must be trained on; empty = not checked.
+        auditor: notes what happens, where there is an audit log.
         nano: the server's NanoEdge, which a rank schedule resizes.
         seeded: the leaves that every client makes from the seed by itself, and that need not travel to it.
     """
@@ -106,6 +108,7 @@ class Federation:
     edge: str = ""
     seeded: Mapping[str, Tensor] = field(default_factory=dict)
     nano: NanoEdge | None = None
+    auditor: Auditor = field(default_factory=Auditor)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from fednano.aggregation import Rule
 from fednano.errors import FednanoError, Interrupted, RunError
 from fednano.federation.baselines import BaselineResult, build_rule, check_rule, other_rule, run_baselines
 from fednano.federation.config import RunConfig
+from fednano.federation.enrolled import auditor_of, enrolled, place_of
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, exchange, wait_for_nodes
 from fednano.federation.forgetting import (
@@ -48,6 +49,7 @@ __all__ = ["run_server", "spec_of"]
 
 ZERO_SHOT = "zero-shot"
 
+_NOT_REPEATED = ("runs-dir", "resume", "cache-dir", "host-address", "server-dir")
 _Error = TypeVar("_Error", FednanoError, Interrupted)
 
 
@@ -75,7 +77,8 @@ def run_server(
     try:
         with ExitStack() as stack:
             stack.callback(folder.close)
-            _run(grid, config, folder, view, stop, stack)
+            sites = stack.enter_context(enrolled(grid, config, folder))
+            _run(sites, config, folder, view, stop, stack)
     except Interrupted as error:
         error.args = (f"{error} {_kept(folder)}",)
         raise _ended(error, folder, view)  # noqa: B904 - it is the same error
@@ -107,6 +110,8 @@ def _open_folder(config: RunConfig) -> tuple[RunFolder, RunConfig]:
         if config.start_from:  # by path, since 'latest' is another run in a moment
             parent = RunFolder.open(config.start_from, root=config.runs_dir)
             config = config.changed(start_from=str(parent.path))
+        if config.server_dir:
+            config = config.changed(server_dir=str(Path(config.server_dir).absolute()))
         folder = RunFolder.create(config.runs_dir, name, config.to_mapping(), command=repeat_command(config))
         if config.start_from:
             start_tombstones(config, folder)
@@ -132,7 +137,7 @@ def repeat_command(config: RunConfig) -> list[str]:
     words = ["fednano", "simulate"]
     default = RunConfig().to_mapping()
     for name, value in config.to_mapping().items():
-        if value == default[name] or name in ("runs-dir", "resume", "cache-dir", "host-address"):
+        if value == default[name] or name in _NOT_REPEATED:
             continue
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
@@ -160,7 +165,9 @@ def _run(
     # The host loads its model while this process loads the edge and the clients load theirs.
     host = stack.enter_context(ExitStack())
     starter = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="host-start"))
-    starting = starter.submit(host.enter_context, open_host(config, view, folder.path / "host.log"))
+    starting = starter.submit(
+        host.enter_context, open_host(config, view, folder.path / "host.log", folder.id)
+    )
     edge = build_edge(config)
     check_rule(rule, spec_of(edge, config), config)
     if config.baselines:  # refused now, not after hours of training
@@ -174,7 +181,12 @@ def _run(
     if gathers(config):
         edge = settle_basis(grid, by_name, config, ticket, edge, folder, stop)
     start = edge.travelling()
-    llm = stack.enter_context(connect(config, ticket))
+    place = place_of(config.to_mapping())
+    llm = stack.enter_context(connect(config, ticket, place.credentials if place else None))
+    auditor = auditor_of(config.to_mapping())
+    for name, client in clients.items():
+        samples = int(client.hello.metrics["samples"])
+        auditor.record("joined", run=folder.id, site=name, node=str(client.node), samples=samples)
     evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
     fed = Federation(
         grid=grid,
@@ -191,6 +203,7 @@ def _run(
         edge=edge.edge.fingerprint,
         seeded=start,
         nano=edge,
+        auditor=auditor,
     )
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)

@@ -8,6 +8,7 @@ from fednano.host.process import HostProcess, host_command
 from fednano.host.security import (
     Claims,
     HostSecurity,
+    RunTokens,
     StaticTokens,
     TokenRefusedError,
     TokenVerifier,
@@ -24,6 +25,7 @@ __all__ = [
     "HostSecurity",
     "HostServer",
     "RemoteLLM",
+    "RunTokens",
     "RunningHost",
     "StaticTokens",
     "TokenRefusedError",

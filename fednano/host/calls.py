@@ -34,7 +34,8 @@ from fednano.host import codec
 from fednano.host.limits import HostLimits
 from fednano.host.names import MISSING_KEY, REASON_KEY
 from fednano.host.pool import BusyError
-from fednano.host.security import TokenRefusedError, TokenVerifier, parse_bearer
+from fednano.host.quota import Quotas
+from fednano.host.security import Claims, TokenRefusedError, TokenVerifier, parse_bearer
 from fednano.host.stats import Stats
 
 __all__ = ["Calls", "Context", "OtherModelError", "SamplesNotKeptError", "Trace"]
@@ -56,6 +57,7 @@ class Calls:
 
     def __init__(self, limits: HostLimits, stats: Stats, verifier: TokenVerifier | None) -> None:
         self._limits, self._stats, self._verifier = limits, stats, verifier
+        self._quotas = Quotas()
 
     async def _header(self, context: Context, trace: Trace) -> Any:
         message = await self._next(context, trace.call)
@@ -65,9 +67,13 @@ class Calls:
         return message.header
 
     async def _receive(self, context: Context, call: str, nbytes: int) -> codec.Assembler:
-        """Collect ``nbytes`` of chunks."""
+        """Collect ``nbytes`` of chunks. Who sends them by drops is not waited for, as if nothing came."""
         buffer = codec.Assembler(nbytes, call)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._limits.idle_seconds + nbytes / self._limits.slowest_bytes
         while not buffer.complete:
+            if loop.time() > end:
+                raise TimeoutError
             message = await self._next(context, call)
             if message is None:
                 # The stream of a caller that left ends first; that it was cancelled is known a moment later.
@@ -101,9 +107,11 @@ class Calls:
             if self._verifier is not None:
                 metadata = dict(context.invocation_metadata() or ())
                 token = parse_bearer(metadata.get("authorization"))
-                claims = self._verifier.verify(token, method=call, peer=context.peer())
-                trace.bearer = claims.get("bearer", "")
-            yield trace
+                trace.claims = self._verifier.verify(
+                    token, method=call, peer=context.peer(), certificate=_certificate(context)
+                )
+            with self._quotas.call(trace.bearer, trace.claims.allowance):
+                yield trace
         except asyncio.CancelledError:
             self._stats.add("cancelled")
             raise
@@ -123,7 +131,10 @@ class Calls:
                 context, trace, status.RESOURCE_EXHAUSTED, "busy", str(error) or "out of memory"
             )
         except TimeoutError:
-            text = f"the client neither sent nor took anything for {self._limits.idle_seconds:g} s"
+            text = (
+                f"the client neither sent nor took anything for {self._limits.idle_seconds:g} s, or sent slower than "
+                f"{self._limits.slowest_bytes} bytes a second"
+            )
             await self._abort(context, trace, status.DEADLINE_EXCEEDED, "idle", text)
         except Exception:
             log.exception("%s failed", trace)
@@ -150,12 +161,22 @@ class Trace:
 
     call: str
     peer: str
-    bearer: str = ""
+    claims: Claims = field(default_factory=Claims)
     request: str = ""
     began: float = field(default_factory=time.monotonic)
 
+    @property
+    def bearer(self) -> str:
+        """Whom the call is counted for."""
+        return self.claims.bearer
+
     def __str__(self) -> str:
         return f"{self.call} {self.request!r} of {self.peer}"
+
+
+def _certificate(context: Context) -> bytes | None:
+    """What the caller has shown, on a channel that asked for it."""
+    return next(iter(context.auth_context().get("x509_pem_cert") or ()), None)
 
 
 class OtherModelError(HostRefused):

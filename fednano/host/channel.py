@@ -109,6 +109,10 @@ class HostChannel:
         # Its own generator: jitter must not consume the seeded one of an experiment.
         self._random = random.Random()
 
+    def use_token(self, token: bytes) -> None:
+        """Send another token from the next call on."""
+        self._metadata = (bearer(token),)
+
     def close(self) -> None:
         """End the connection. Calls after that fail."""
         with self._lock:

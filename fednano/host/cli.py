@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from fednano.errors import ConfigError, FednanoError
 from fednano.host.limits import HostLimits
-from fednano.host.security import HostSecurity, StaticTokens
+from fednano.host.security import HostSecurity, RunTokens, StaticTokens
 
 if TYPE_CHECKING:
     from fednano.models.language import LanguagePart
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--tls-cert", type=Path, metavar="PEM", help="certificate chain of this host")
     add("--tls-key", type=Path, metavar="PEM", help="its private key")
     add("--client-ca", type=Path, metavar="PEM", help="admit only clients with a certificate signed by these")
+    add(
+        "--server",
+        type=Path,
+        metavar="DIR",
+        help="folder of a federation's server, which holds certificates and the key of run tokens",
+    )
     add("--token-file", type=Path, metavar="FILE", help="admitted tokens, one base64url text a line")
     add("--max-batch", type=int, default=limits.max_batch, help="samples of a request (%(default)s)")
     add(
@@ -92,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=limits.idle_seconds,
         help="wait for a silent client (%(default)s)",
+    )
+    add(
+        "--slowest-bytes",
+        type=int,
+        default=limits.slowest_bytes,
+        help="a second, that a request must come at (%(default)s)",
     )
     add("--grace", type=float, default=10.0, help="seconds for calls under way when stopped (%(default)s)")
     add(
@@ -227,6 +239,14 @@ def _managed_tokens(stop: _StopSwitch) -> list[bytes]:
 
 
 def _security(options: argparse.Namespace, tokens: list[bytes]) -> HostSecurity:
+    if options.server is not None:
+        from fednano.security.place import ServerPlace
+
+        if tokens or options.token_file or options.tls_cert or options.tls_key or options.client_ca:
+            raise ConfigError("--server brings certificates and tokens; leave the other options for them out")
+        place = ServerPlace(options.server)
+        own = place.credentials
+        return HostSecurity(own.certificate, own.key, own.root, RunTokens.of_place(place))
     if options.token_file is not None:
         lines = options.token_file.read_text().split()
         try:

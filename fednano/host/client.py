@@ -122,6 +122,11 @@ class RemoteLLM:
         """End the connection. Calls after that raise `HostUnavailable`."""
         self._channel.close()
 
+    def use_token(self, token: bytes) -> None:
+        """Show another token from the next call on; the connection, and what the host keeps for it, stay."""
+        self._options["token"] = token
+        self._channel.use_token(token)
+
     @property
     def address(self) -> str:
         """``HOST:PORT`` of the host."""

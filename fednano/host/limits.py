@@ -22,6 +22,7 @@ class HostLimits:
         max_requests: requests that may be received, waiting or computed at one time.
         max_buffered_bytes: tensor bytes of all those requests together.
         idle_seconds: how long the host waits for a client's next message.
+        slowest_bytes: bytes a second; a request's tensors must come at least so fast, after ``idle_seconds`` of grace.
     """
 
     max_batch: int = 256
@@ -31,6 +32,7 @@ class HostLimits:
     max_requests: int = 128
     max_buffered_bytes: int = 4 << 30
     idle_seconds: float = 60.0
+    slowest_bytes: int = 16_384
 
     def __post_init__(self) -> None:
         for field in fields(self):

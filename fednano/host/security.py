@@ -2,7 +2,8 @@
 
 Two places: the channel (TLS, or plain text on loopback only) and the call (a bearer token in the metadata
 entry ``authorization``, checked by a `TokenVerifier`). `StaticTokens` is the verifier of a simulation, where
-the server hands random tokens to its clients; signed capability tokens fit the same protocol.
+the server hands random tokens to its clients. `RunTokens` is that of a federation: signed capabilities, each bound to
+a run and to the TLS certificate of one site.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ import binascii
 import hmac
 import ipaddress
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from functools import lru_cache
+from typing import Protocol
 
 import grpc
 
-from fednano.errors import ConfigError
+from fednano.errors import ConfigError, RequestRefused
+from fednano.security.authority import SERVER, certificate_facts
+from fednano.security.place import ServerPlace
+from fednano.security.tokens import Allowance, check_token
 
 __all__ = [
     "Claims",
     "HostSecurity",
+    "RunTokens",
     "StaticTokens",
     "TokenRefusedError",
     "TokenVerifier",
@@ -32,8 +38,19 @@ __all__ = [
     "parse_bearer",
 ]
 
-Claims: TypeAlias = Mapping[str, str]
-"""What a verified token says of its bearer."""
+
+@dataclass(frozen=True)
+class Claims:
+    """What a verified token says of its bearer.
+
+    Attributes:
+        bearer: whom the call is counted for, and in whose room samples are kept.
+        allowance: what that bearer may take; ``None``: as much as the host gives.
+    """
+
+    bearer: str = ""
+    allowance: Allowance | None = None
+
 
 _MIN_TOKEN = 16
 
@@ -45,7 +62,7 @@ class TokenRefusedError(Exception):
 class TokenVerifier(Protocol):
     """Decides whether a token admits a call."""
 
-    def verify(self, token: bytes, *, method: str, peer: str) -> Claims:
+    def verify(self, token: bytes, *, method: str, peer: str, certificate: bytes | None) -> Claims:
         """Return what the token says of its bearer.
 
         Called on the event loop of the host, so it must not block.
@@ -54,6 +71,7 @@ class TokenVerifier(Protocol):
             token: the raw token.
             method: name of the call, such as ``"Step"``.
             peer: address of the caller as gRPC prints it.
+            certificate: PEM of the certificate that the caller has shown, which its TLS key has been proved for.
 
         Raises:
             TokenRefusedError: the token is unknown, expired, or does not cover this call.
@@ -89,7 +107,7 @@ class StaticTokens:
             )
         self._tokens = named
 
-    def verify(self, token: bytes, *, method: str, peer: str) -> Claims:
+    def verify(self, token: bytes, *, method: str, peer: str, certificate: bytes | None) -> Claims:
         """See `TokenVerifier.verify`. Takes the same time whichever token matches, or none."""
         bearer_name = ""
         for name, known in self._tokens.items():
@@ -97,7 +115,86 @@ class StaticTokens:
                 bearer_name = name
         if not bearer_name:
             raise TokenRefusedError("unknown token")
-        return {"bearer": bearer_name}
+        return Claims(bearer_name)
+
+
+class RunTokens:
+    """Admits the run tokens of one federation's server, each from the site that it names, while its run is active.
+
+    Args:
+        keys: public keys of those who may issue tokens, hexadecimal.
+        federation: its name.
+        active: whether tokens of a run are good.
+        admits: whether a site is enrolled and a certificate's serial number is one of its own.
+    """
+
+    def __init__(
+        self,
+        keys: Iterable[str],
+        federation: str,
+        *,
+        active: Callable[[str], bool],
+        admits: Callable[[str, str], bool],
+    ) -> None:
+        self._keys, self._federation = tuple(keys), federation
+        self._active, self._admits = active, admits
+
+    @classmethod
+    def of_place(cls, place: ServerPlace) -> RunTokens:
+        """The verifier of a server's own host; what is revoked or ended counts from the next call on."""
+        known = _Remembered(place)
+        return cls([known.key], place.federation, active=place.is_active, admits=known.admits)
+
+    def verify(self, token: bytes, *, method: str, peer: str, certificate: bytes | None) -> Claims:
+        """See `TokenVerifier.verify`."""
+        try:
+            said = check_token(token, self._keys, self._federation)
+        except RequestRefused as error:
+            raise TokenRefusedError(str(error)) from None
+        if certificate is None:
+            raise TokenRefusedError("a run token goes with the certificate of its site; none was shown")
+        try:
+            name, serial = _shown(certificate)
+        except ValueError:
+            raise TokenRefusedError("the certificate shown cannot be read") from None
+        if name != said.site:
+            raise TokenRefusedError(f"the token is for {said.site}, the caller is {name}")
+        if not self._admits(name, serial):
+            raise TokenRefusedError(f"{name} is not enrolled (any more) with the certificate shown")
+        if not self._active(said.run):
+            raise TokenRefusedError(f"the token is for run {said.run}, which is not under way")
+        return Claims(said.bearer, said.allowance)
+
+
+@lru_cache(maxsize=1024)
+def _shown(certificate: bytes) -> tuple[str, str]:
+    return certificate_facts(certificate)[:2]
+
+
+class _Remembered:
+    """What the folder of a server says of its sites, read anew when the file changes."""
+
+    def __init__(self, place: ServerPlace) -> None:
+        from fednano.security.keys import load_public
+
+        self.key = load_public(place.root / "tokens.pub")
+        self._place, self._seen = place, (0, 0)
+        self._good: dict[str, set[str]] = {}
+
+    def admits(self, site: str, serial: str) -> bool:
+        """See `ServerPlace.admits`; the server itself shows the certificate that lies in its folder."""
+        state = (self._place.root / "sites.json").stat()
+        own = (self._place.root / "server.crt").stat()
+        seen = (state.st_mtime_ns, own.st_mtime_ns)
+        if seen != self._seen:
+            good = {
+                name: {known.serial, known.previous} - {""}
+                for name, known in self._place.sites().items()
+                if not known.revoked
+            }
+            good[SERVER] = {certificate_facts((self._place.root / "server.crt").read_bytes())[1]}
+            self._good, self._seen = good, seen
+        return serial in self._good.get(site, ())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fednano import __version__
@@ -98,7 +99,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         async with self._call(context, "step") as trace:
             header = await self._header(context, trace)
             body = self._sizes(header, per_token=LABEL_BYTES)
-            async with self._pool.admit(body):
+            async with self._admitted(trace, body):
                 buffer = await self._receive(context, "step", body)
                 reply, gradient = await self._steps.run(header, buffer, trace.peer)
                 await self._send(context, "step", pb.StepReply(header=reply))
@@ -115,7 +116,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                 raise HostRefused(
                     f"keys: got {len(header.keys)}, expected one for each of {len(header.embeds.lengths)} samples"
                 )
-            async with self._pool.admit(body):
+            async with self._admitted(trace, body):
                 buffer = await self._receive(context, "keep", body)
                 keys, samples = await self._pool.run(lambda: unpack_kept(header, buffer))
                 for index, (key, given, sample) in enumerate(zip(keys, header.keys, samples, strict=True)):
@@ -133,7 +134,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         async with self._call(context, "factored_step") as trace:
             header = await self._header(context, trace)
             samples, body = self._kept_samples(header, trace)
-            async with self._pool.admit(body):
+            async with self._admitted(trace, body):
                 buffer = await self._receive(context, "factored_step", body)
                 reply, parts = await self._pool.run(
                     lambda: compute_factored(self._llm, header, samples, buffer)
@@ -142,6 +143,13 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                 for chunk in codec.chunks(parts, self._chunk_bytes):
                     await self._send(context, "factored_step", pb.StepReply(chunk=chunk))
             self._count(trace, [len(sample.rows) for sample in samples])
+
+    @asynccontextmanager
+    async def _admitted(self, trace: Trace, nbytes: int) -> AsyncIterator[None]:
+        """Hold a place for a request's tensors: in the bearer's allowance, then in the host's."""
+        with self._quotas.hold(trace.bearer, trace.claims.allowance, nbytes):
+            async with self._pool.admit(nbytes):
+                yield
 
     def _kept_samples(self, header: pb.FactoredHeader, trace: Trace) -> tuple[list[KeptSample], int]:
         """The samples that a factored step names, and the bytes of low-rank parts that must follow."""
@@ -172,7 +180,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             header = await self._header(context, trace)
             body = self._sizes(header, new_tokens=header.max_new_tokens)
             packed = header.embeds
-            async with self._pool.admit(body):
+            async with self._admitted(trace, body):
                 buffer = await self._receive(context, "generate", body)
                 state = await self._pool.run(lambda: begin_generation(self._llm, header, buffer))
                 await self._send(context, "generate", pb.GenerateReply(tokens=state.last.tolist()))

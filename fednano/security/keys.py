@@ -28,6 +28,7 @@ __all__ = [
     "create_key",
     "load_public",
     "load_signer",
+    "read_private",
     "salted_hash",
     "valid_signature",
     "write_private",
@@ -127,22 +128,36 @@ def load_signer(path: Path) -> Signer:
         ConfigError: the file is missing, can be read by others, or holds no Ed25519 key.
     """
     try:
+        key = serialization.load_pem_private_key(read_private(path, "fednano unlearn keygen"), password=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} holds no private key in PEM form ({error}).") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{path} holds a {type(key).__name__}; expected an Ed25519 key.")
+    return Signer(path.stem, key)
+
+
+def read_private(path: Path, source: str) -> bytes:
+    """The content of a private key file.
+
+    Args:
+        path: the file.
+        source: the command that makes such a file, for the message about a missing one.
+
+    Raises:
+        ConfigError: the file is missing, or others than its owner may read or write it.
+    """
+    try:
         mode = path.stat().st_mode
         if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(
                 f"the private key {path} can be read or written by others (mode {stat.S_IMODE(mode):04o}); expected "
                 f"0600. Run: chmod 600 {path} - and make a new key if others may have read it."
             )
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"cannot read the private key {path}: {error.strerror}. Make one with: fednano unlearn keygen"
+            f"cannot read the private key {path}: {error.strerror}. Make one with: {source}"
         ) from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} holds no private key in PEM form ({error}).") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{path} holds a {type(key).__name__}; expected an Ed25519 key.")
-    return Signer(path.stem, key)
 
 
 def load_public(text_or_path: str | Path) -> str:

@@ -6,7 +6,6 @@ import base64
 import datetime
 import ipaddress
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -18,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from tiny_host import make_batch, take_step
 
 from fednano.errors import ConfigError, HostRefused, HostUnavailable
-from fednano.host import HostSecurity, RemoteLLM, StaticTokens, TokenRefusedError, new_token, serve
+from fednano.host import Claims, HostSecurity, RemoteLLM, StaticTokens, TokenRefusedError, new_token, serve
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto.language_host_pb2_grpc import LanguageHostStub
 from fednano.host.security import bearer, is_loopback, parse_bearer
@@ -184,11 +183,12 @@ def test_every_method_asks_for_the_token(local: LocalLLM) -> None:
     seen: list[tuple[str, str]] = []
 
     class Picky:
-        def verify(self, token: bytes, *, method: str, peer: str) -> Mapping[str, str]:
+        def verify(self, token: bytes, *, method: str, peer: str, certificate: bytes | None) -> Claims:
+            assert certificate is None
             seen.append((method, peer.partition(":")[0]))
             if method in ("step", "generate"):
                 raise TokenRefusedError(f"not for {method}")
-            return {}
+            return Claims()
 
     with (
         serve(local, security=HostSecurity(verifier=Picky())) as host,
@@ -219,8 +219,8 @@ def test_token_sets_are_checked() -> None:
         StaticTokens([])
     with pytest.raises(ConfigError, match="shorter than 16 bytes"):
         StaticTokens([b"secret"])
-    claims = StaticTokens([b"a" * 16, b"b" * 16]).verify(b"b" * 16, method="step", peer="")
-    assert claims == {"bearer": "run-1"}
+    claims = StaticTokens([b"a" * 16, b"b" * 16]).verify(b"b" * 16, method="step", peer="", certificate=None)
+    assert claims == Claims("run-1")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:50051", "host.example:50051", "*:1"])

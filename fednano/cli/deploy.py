@@ -1,0 +1,152 @@
+"""`fednano deploy`: who belongs to a federation; keys, certificates, and the files that run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fednano.errors import ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Make a federation of institutions: keys, certificates, enrolment, unit files.",
+    rich_markup_mode=None,
+)
+
+Folder = Annotated[Path, typer.Option("--federation", help="Folder that `deploy init` made.")]
+_HERE = Path("federation")
+
+
+@app.command()
+def example() -> None:
+    """Print a federation.toml to start from."""
+    from fednano.deploy.plan import EXAMPLE
+
+    typer.echo(EXAMPLE, nl=False)
+
+
+@app.command()
+def init(
+    plan: Annotated[Path, typer.Argument(help="The federation.toml.")],
+    federation: Folder = _HERE,
+) -> None:
+    """Make authority, server certificate, signing keys, and an invitation for each site."""
+    from fednano.deploy.plan import Plan
+    from fednano.deploy.provision import init as make
+
+    read = Plan.read(plan)
+    make(read, federation)
+    typer.echo(f"{federation / 'server'}: for the server machine (it holds the server's private keys)")
+    typer.echo(f"{federation / 'authority'}: signs certificates; keep it offline where you can")
+    for site in read.sites:
+        path = federation / "invitations" / f"{site}.invitation.json"
+        typer.echo(f"{path}: send to {site} by a way that only {site} can read")
+
+
+@app.command()
+def invite(
+    site: Annotated[str, typer.Argument(help="Name of the site.")],
+    federation: Folder = _HERE,
+) -> None:
+    """Invite a further site, or one that lost its keys or was revoked."""
+    from fednano.deploy.provision import invite as make
+
+    typer.echo(make(federation, site))
+
+
+@app.command()
+def enroll(
+    given: Annotated[Path, typer.Argument(help="The invitation; later the signed file that came back.")],
+    bundle: Annotated[Path, typer.Option(help="Folder for this site's keys and certificate.")],
+    data: Annotated[str, typer.Option(help="Folder with this site's data.")] = "",
+    partition: Annotated[
+        str, typer.Option(help="K/N instead of data: part K (from 0) of N of a public data set, to rehearse.")
+    ] = "",
+) -> None:
+    """At the site: make keys and a request for the operator; then take in the certificate that comes back."""
+    from fednano.deploy.enrolment import enroll as make
+
+    done = make(given, bundle, _node_config(data, partition))
+    if done == bundle:
+        typer.echo(f"{bundle} is complete. Start with: fednano client up --bundle {bundle}")
+    else:
+        typer.echo(f"{done}: send to the operator, who answers with a signed file")
+
+
+@app.command()
+def sign(
+    request: Annotated[Path, typer.Argument(help="A site's request.")],
+    federation: Folder = _HERE,
+) -> None:
+    """At the operator: check a site's request and certify its key."""
+    from fednano.deploy.provision import sign as make
+
+    typer.echo(f"{make(federation, request)}: send back to the site")
+
+
+@app.command()
+def renew(
+    federation: Folder = _HERE,
+    bundle: Annotated[Path | None, typer.Option(help="At a site: its bundle.")] = None,
+) -> None:
+    """New TLS key and certificate: of the server, or with --bundle of a site (then a request for the operator)."""
+    from fednano.deploy.enrolment import renew_site
+    from fednano.deploy.provision import renew_server
+
+    if bundle is not None:
+        typer.echo(f"{renew_site(bundle)}: send to the operator, who answers with a signed file")
+        return
+    renew_server(federation)
+    typer.echo(f"{federation / 'server' / 'server.crt'}: counts when `fednano server up` is started anew")
+
+
+@app.command()
+def revoke(
+    site: Annotated[str, typer.Argument(help="Name of the site.")],
+    federation: Folder = _HERE,
+) -> None:
+    """Shut a site out, at once: its certificates, tokens and node key are worth nothing any more."""
+    from fednano.deploy.provision import revoke as shut
+
+    shut(federation, site)
+    typer.echo(f"{site} is revoked. If it may come back, with new keys: fednano deploy invite {site}")
+
+
+@app.command()
+def sites(
+    federation: Folder = _HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the sites, whether they are enrolled, and until when their certificates hold."""
+    from fednano.security.place import ServerPlace
+
+    rows: list[dict[str, Any]] = []
+    for site in ServerPlace(federation / "server").sites().values():
+        state = "revoked" if site.revoked else "enrolled" if site.serial else "invited"
+        rows.append({"site": site.name, "state": state, "expires": site.expires, "serial": site.serial})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        typer.echo(f"{row['site']:<24} {row['state']:<9} {row['expires']}".rstrip())
+
+
+def _node_config(data: str, partition: str) -> dict[str, str | int]:
+    """What the SuperNode tells its client about its data. Raises ConfigError."""
+    if data and partition:
+        raise ConfigError("give --data or --partition, not both.")
+    if data:
+        if not Path(data).is_dir():
+            raise ConfigError(f"--data is {data!r}, which is no folder.")
+        return {"data": str(Path(data).absolute())}
+    if not partition:
+        return {}
+    part, _, count = partition.partition("/")
+    if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
+        raise ConfigError(f"--partition is {partition!r}; expected K/N, such as 0/3.")
+    return {"partition-id": int(part), "num-partitions": int(count)}
