@@ -1,55 +1,84 @@
 """Steps of different clients in one forward and backward pass.
 
-A request that finds a free worker is computed at once. While all workers are busy requests wait, and a worker that
-becomes free takes as many waiting ones as fit into one batch: no request is ever held back in the hope of company.
-Samples of a batch never attend to each other, so each reply equals that of the lone request up to the rounding of
-matrix products of another shape.
+While all workers are busy requests wait, and a worker that becomes free takes as many waiting ones as fit into one
+batch. Samples of a batch never attend to each other, so each reply equals that of the lone request up to the rounding
+of matrix products of another shape. Turns go round the clients, one request each, so a client that sends much cannot
+crowd out one that sends little.
 
-Turns go round the clients, one request each, so a client that sends much cannot crowd out one that sends little.
+On a GPU a pass over few tokens takes as long as one over many, since it is the reading of the weights that takes the
+time. Clients that have just been answered come back in a moment; a worker that is free and finds but few tokens
+therefore waits for them, a moment that is short beside the pass. Without that, clients of short steps fall into two
+groups that wait for each other, each with half of the batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import torch
 
-from fednano.errors import ConfigError
-from fednano.host import codec
-from fednano.host.compute import StepReply, compute_step, compute_steps
+from fednano.errors import ConfigError, HostRefused
+from fednano.host.jobs import Job, Outcome, Reply, compute_jobs
+from fednano.host.lane import Lane
 from fednano.host.pool import ComputePool
-from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.stats import Stats
 from fednano.models.language import LocalLLM
 
-__all__ = ["StepBatcher"]
+__all__ = ["Ask", "StepBatcher"]
 
 log = logging.getLogger(__name__)
 
 _STRETCH = 1.5
 """A sample is padded to at most this multiple of its own request's length, so padding never outweighs the gain."""
+_ENOUGH_TOKENS = 1024
+"""With so many tokens a pass is bound by arithmetic on the GPUs of today, and more company gains little."""
+_SHARE_OF_A_PASS = 0.5
+T = TypeVar("T")
+_Found: TypeAlias = "Callable[[], Reply] | Exception"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A step as its header announces it.
+
+    Attributes:
+        objective: name of the token loss.
+        want_gradient: whether to go backward.
+        lengths: tokens of each sample.
+        prepare: makes the job of the received bytes; raises what is wrong with them.
+    """
+
+    objective: str
+    want_gradient: bool
+    lengths: Sequence[int]
+    prepare: Callable[[], Job]
 
 
 @dataclass
 class _Waiting:
-    header: pb.StepHeader
-    buffer: codec.Assembler
-    reply: asyncio.Future[StepReply]
+    ask: Ask
+    reply: asyncio.Future[Callable[[], Reply]]
+    job: Job | None = None
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def samples(self) -> int:
-        return len(self.header.embeds.lengths)
+        return len(self.ask.lengths)
 
     @property
     def longest(self) -> int:
-        return max(self.header.embeds.lengths)
+        return max(self.ask.lengths)
 
     @property
     def kind(self) -> tuple[str, bool]:
-        return self.header.objective, self.header.want_gradient
+        return self.ask.objective, self.ask.want_gradient
 
 
 class StepBatcher:
@@ -61,44 +90,91 @@ class StepBatcher:
         stats: counts ``batches`` and ``batched_requests``, those that shared a pass with another.
         batch_tokens: most tokens, samples times the longest, of a batch of several requests; 0 computes every request
             alone, and then the bits of a reply depend on its request alone.
+        linger_seconds: longest wait for company, see above; 0 never holds a request back.
 
     Raises:
         ConfigError: a negative number.
     """
 
-    def __init__(self, llm: LocalLLM, pool: ComputePool, stats: Stats, *, batch_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        llm: LocalLLM,
+        pool: ComputePool,
+        stats: Stats,
+        *,
+        batch_tokens: int = 0,
+        linger_seconds: float = 0.0,
+    ) -> None:
         if batch_tokens < 0:
             raise ConfigError(f"batch_tokens: got {batch_tokens}, expected 0 or more")
+        if not linger_seconds >= 0:
+            raise ConfigError(f"linger: got {linger_seconds} s, expected 0 or more")
         self._llm, self._pool, self._stats, self._tokens = llm, pool, stats, batch_tokens
-        self._waiting: OrderedDict[str, deque[_Waiting]] = (
-            OrderedDict()
-        )  # by client; the next turn is the first's
+        self._linger = linger_seconds if batch_tokens else 0.0
+        self._lane = Lane(llm.device)
+        # By client; the next turn is the first's.
+        self._waiting: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         self._running: set[asyncio.Task[None]] = set()
+        self._answered: dict[str, float] = {}
+        self._pass_seconds = self._free_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def run(self, header: pb.StepHeader, buffer: codec.Assembler, client: str) -> StepReply:
-        """Losses, and the gradient if wanted, of one request. Cancelled while it waits, it is never computed.
+    async def run(self, ask: Ask, client: str) -> Reply:
+        """The reply to one request. Cancelled while it waits, it is never computed.
 
         Args:
-            header: of the request; its sizes have been checked.
-            buffer: embeddings and labels.
+            ask: its sizes have been checked.
             client: whose turn it takes.
 
         Raises:
             HostRefused: the numbers are not acceptable.
             ConfigError: unknown objective.
         """
-        if not self._tokens:
-            return await self._pool.run(lambda: compute_step(self._llm, header, buffer))
-        request = _Waiting(header, buffer, asyncio.get_running_loop().create_future())
-        self._waiting.setdefault(client, deque()).append(request)
-        self._start()
-        return await request.reply
+        request = _Waiting(ask, asyncio.get_running_loop().create_future())
+        if self._lane.apart:
+            request.job = await self._pool.carry(lambda: self._carry(ask.prepare))
+            request.since = time.monotonic()
+        self._stats.add("waiting")
+        try:
+            self._waiting.setdefault(client, deque()).append(request)
+            self._start()
+            finish = await request.reply
+            self._answered[client] = time.monotonic()
+        finally:
+            self._stats.add("waiting", -1)
+        return await self._pool.carry(lambda: self._carry(finish)) if self._lane.apart else finish()
+
+    def _carry(self, work: Callable[[], T]) -> T:
+        with self._lane.carrying():
+            return work()
 
     def _start(self) -> None:
-        while len(self._running) < self._pool.workers and (batch := self._take()):
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while len(self._running) < self._pool.workers:
+            if (pause := self._pause()) > 0:
+                self._timer = asyncio.get_running_loop().call_later(pause, self._start)
+                return
+            if not (batch := self._take()):
+                return
             task = asyncio.create_task(self._compute(batch))
             self._running.add(task)
             task.add_done_callback(self._ended)
+
+    def _pause(self) -> float:
+        """Seconds to wait for clients that were answered a moment ago; 0 to begin."""
+        linger = min(self._linger, _SHARE_OF_A_PASS * self._pass_seconds)
+        if linger <= 0:
+            return 0.0
+        here = [request for queue in self._waiting.values() for request in queue if not request.reply.done()]
+        if not here or sum(request.samples * request.longest for request in here) >= _ENOUGH_TOKENS:
+            return 0.0
+        now = time.monotonic()
+        self._answered = {client: at for client, at in self._answered.items() if now - at < linger}
+        if self._answered.keys() <= self._waiting.keys():
+            return 0.0
+        return max(0.0, max(self._free_since, min(request.since for request in here)) + linger - now)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -136,19 +212,9 @@ class StepBatcher:
         self._stats.add("batches")
         if len(batch) > 1:
             self._stats.add("batched_requests", len(batch))
-        requests = [(request.header, request.buffer) for request in batch]
+        began = time.monotonic()
         try:
-            try:
-                replies = await self._pool.run(lambda: compute_steps(self._llm, requests))
-            except (torch.OutOfMemoryError, MemoryError):
-                if len(batch) == 1:
-                    raise
-                log.warning("%d requests did not fit together; each is computed alone", len(batch))
-                self._stats.add("batches_split")
-                replies = [
-                    (await self._pool.run(lambda one=one: compute_steps(self._llm, [one])))[0]  # type: ignore[misc]
-                    for one in requests
-                ]
+            found = await self._together(batch)
         except BaseException as error:
             for request in batch:
                 if not request.reply.done():
@@ -156,13 +222,56 @@ class StepBatcher:
             if not isinstance(error, Exception):
                 raise
             return
-        for request, reply in zip(batch, replies, strict=True):
+        self._free_since = time.monotonic()
+        self._pass_seconds = self._free_since - began
+        for request, outcome in zip(batch, found, strict=True):
             if request.reply.done():
                 continue
-            if isinstance(reply, Exception):
-                request.reply.set_exception(reply)
+            if isinstance(outcome, Exception):
+                request.reply.set_exception(outcome)
             else:
-                request.reply.set_result(reply)
+                request.reply.set_result(outcome)
+
+    async def _together(self, batch: list[_Waiting]) -> list[_Found]:
+        """One pass for all; if that does not fit into memory, one for each."""
+        try:
+            return await self._pool.run(lambda: self._work(batch))
+        except (torch.OutOfMemoryError, MemoryError):
+            if len(batch) == 1:
+                raise
+        log.warning("%d requests did not fit together; each is computed alone", len(batch))
+        self._stats.add("batches_split")
+        found: list[_Found] = []
+        for request in batch:
+            try:
+                found += await self._pool.run(partial(self._work, [request]))
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                found.append(error)
+        return found
+
+    def _work(self, batch: list[_Waiting]) -> list[_Found]:
+        """On a worker: one pass. On a CPU, also what comes before and after it."""
+        if self._lane.apart:
+            with self._lane.computing():
+                jobs = [request.job for request in batch if request.job]
+                return [partial(job.finish, *outcome) for job, outcome in self._pass(jobs)]
+        found: dict[int, _Found] = {}
+        made: dict[int, Job] = {}
+        for index, request in enumerate(batch):
+            try:
+                made[index] = request.ask.prepare()
+            except (HostRefused, ConfigError) as error:
+                found[index] = error
+        for index, (job, outcome) in zip(made, self._pass(list(made.values())), strict=True):
+            found[index] = partial(_same, job.finish(*outcome))
+        return [found[index] for index in range(len(batch))]
+
+    def _pass(self, jobs: list[Job]) -> list[tuple[Job, Outcome]]:
+        return list(zip(jobs, compute_jobs(self._llm, jobs), strict=True)) if jobs else []
+
+
+def _same(reply: Reply) -> Reply:
+    return reply
 
 
 def _for_caller(error: BaseException) -> Exception:

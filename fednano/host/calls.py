@@ -53,10 +53,13 @@ class Calls:
         limits: bounds on one request.
         stats: where to count.
         verifier: checks tokens; ``None`` admits everybody.
+        locked: whether a GPU reads what is received.
     """
 
-    def __init__(self, limits: HostLimits, stats: Stats, verifier: TokenVerifier | None) -> None:
-        self._limits, self._stats, self._verifier = limits, stats, verifier
+    def __init__(
+        self, limits: HostLimits, stats: Stats, verifier: TokenVerifier | None, *, locked: bool = False
+    ) -> None:
+        self._limits, self._stats, self._verifier, self._locked = limits, stats, verifier, locked
         self._quotas = Quotas()
 
     async def _header(self, context: Context, trace: Trace) -> Any:
@@ -68,7 +71,7 @@ class Calls:
 
     async def _receive(self, context: Context, call: str, nbytes: int) -> codec.Assembler:
         """Collect ``nbytes`` of chunks. Who sends them by drops is not waited for, as if nothing came."""
-        buffer = codec.Assembler(nbytes, call)
+        buffer = codec.Assembler(nbytes, call, locked=self._locked)
         loop = asyncio.get_running_loop()
         end = loop.time() + self._limits.idle_seconds + nbytes / self._limits.slowest_bytes
         while not buffer.complete:

@@ -26,7 +26,7 @@ from fednano.host.limits import HostLimits
 from fednano.host.security import HostSecurity, RunTokens, StaticTokens
 
 if TYPE_CHECKING:
-    from fednano.models.language import LanguagePart
+    from fednano.models.language import LanguagePart, LocalLLM
 
 __all__ = ["Loader", "main"]
 
@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fednano host",
         description="Serve the frozen language half of a model to the clients of a run.",
-        epilog="Without --tls-cert the host listens on loopback addresses only.",
+        epilog="Without --tls-cert the host listens on loopback addresses only. "
+        "`fednano host bench` measures a host instead; see `fednano host bench --help`.",
     )
     limits = HostLimits()
     add = parser.add_argument
@@ -62,6 +63,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens of a batch of several clients' steps; 0: each alone, and then the bits of a reply depend on "
         "its request alone (8192 on a GPU, 0 on a CPU)",
+    )
+    add(
+        "--linger-ms",
+        type=float,
+        default=None,
+        metavar="MS",
+        help="longest wait of a small step for other clients' (10 on a GPU, 0 on a CPU)",
+    )
+    add("--compile", action="store_true", help="compile the model's blocks at start (about a minute)")
+    add(
+        "--memory-gb",
+        type=float,
+        default=None,
+        metavar="GB",
+        help="most memory of the GPU, model included; larger batches go in parts (all there is)",
     )
     add(
         "--keep-bytes",
@@ -131,7 +147,12 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
     Returns:
         The exit status: 0 after a clean stop, 2 for a mistake of the caller (told on stderr).
     """
-    options = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"]:
+        from fednano.host.bench import main as bench
+
+        return bench(words[1:])
+    options = _parser().parse_args(words)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = _StopSwitch()
     try:
@@ -156,6 +177,33 @@ def _batch_tokens(options: argparse.Namespace) -> int:
     return 8192 if str(options.device).startswith("cuda") else 0
 
 
+def _linger_seconds(options: argparse.Namespace) -> float:
+    if options.linger_ms is not None:
+        return float(options.linger_ms) / 1000
+    return 0.01 if str(options.device).startswith("cuda") else 0.0
+
+
+def _model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:
+    """The model, ready to compute: a host that says it serves answers its first step as fast as its hundredth."""
+    import torch
+
+    from fednano.models.language import LocalLLM
+    from fednano.models.memory import DeviceMemory
+
+    device = torch.device(options.device)
+    memory = None
+    if options.memory_gb is not None:
+        if device.type != "cuda" or not options.memory_gb > 0:
+            raise ConfigError(
+                f"--memory-gb: got {options.memory_gb:g} on {options.device}; expected a number above 0, on a GPU"
+            )
+        memory = DeviceMemory(device, int(options.memory_gb * 1e9))
+    llm = LocalLLM(part, compiled=options.compile, memory=memory)
+    if options.compile or device.type == "cuda":
+        llm.passes.warm_up()
+    return llm
+
+
 async def _serve(
     options: argparse.Namespace,
     part: LanguagePart,
@@ -165,16 +213,16 @@ async def _serve(
 ) -> None:
     from fednano.host.kept import KeptSamples
     from fednano.host.server import HostServer
-    from fednano.models.language import LocalLLM
 
     server = HostServer(
-        LocalLLM(part),
+        _model(options, part),
         listen=options.listen,
         security=security,
         limits=limits,
         workers=options.workers,
         threads=options.threads,
         batch_tokens=_batch_tokens(options),
+        linger_seconds=_linger_seconds(options),
         kept=KeptSamples(options.keep_bytes, options.keep_disk_bytes),
     )
     with ExitStack() as stack:

@@ -98,14 +98,26 @@ def encode(rows: Tensor, dtype: torch.dtype) -> tuple[memoryview, float]:
 def raw(tensor: Tensor) -> memoryview:
     """Little-endian bytes of a tensor of 2- or 4-byte numbers."""
     like, order = _NUMBERS[tensor.element_size()]
-    numbers = tensor.detach().cpu().contiguous().view(-1).view(like).numpy()
+    numbers = _on_cpu(tensor.detach().contiguous().view(-1).view(like)).numpy()
     return numbers.astype(order, copy=False).view(np.uint8).data
 
 
-def decode(buffer: Bytes, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory, through locked pages from a GPU: other copies and computations go on meanwhile."""
+    if not tensor.is_cuda:
+        return tensor
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    target.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return target
+
+
+def decode(
+    buffer: Bytes, dtype: torch.dtype, scale: float = 1.0, device: torch.device | None = None
+) -> Tensor:
     """Numbers ``(n,)`` from their little-endian bytes ``(n * itemsize,)``; float16 comes back as float32.
 
-    The result may share memory with ``buffer``.
+    The result may share memory with ``buffer``. For another ``device`` the bytes are sent there as they are.
     """
     like, order = _NUMBERS[dtype.itemsize]
     numbers = (
@@ -113,6 +125,8 @@ def decode(buffer: Bytes, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         .view(like)
         .view(dtype)
     )
+    if device is not None:
+        numbers = numbers.to(device, non_blocking=True)
     return numbers if dtype != torch.float16 else numbers.float() / scale
 
 
@@ -120,25 +134,30 @@ def encode_rows(rows: Tensor, dtype: torch.dtype) -> memoryview:
     """Bytes of tokens ``(N, d)`` in ``dtype``, without a common factor."""
     if dtype != torch.int8:
         return raw(rows.to(dtype))
-    numbers = rows.detach().float().cpu()
+    numbers = rows.detach().float()
     step = numbers.abs().amax(1, keepdim=True) / 127  # (N, 1)
     # A row that is not finite gets a step that is not, and comes out as NaN: nobody takes it for numbers.
     bytes_ = torch.where(step > 0, numbers / step, 0).nan_to_num().round().clamp(-127, 127).to(torch.int8)
     whole = np.empty((len(rows), _SCALE_BYTES + rows.shape[1]), dtype=np.uint8)
-    whole[:, :_SCALE_BYTES] = step.numpy().astype("<f4").view(np.uint8)
-    whole[:, _SCALE_BYTES:] = bytes_.numpy().view(np.uint8)
+    whole[:, :_SCALE_BYTES] = _on_cpu(step).numpy().astype("<f4").view(np.uint8)
+    whole[:, _SCALE_BYTES:] = _on_cpu(bytes_).numpy().view(np.uint8)
     return whole.reshape(-1).data
 
 
-def decode_rows(buffer: Bytes, dtype: torch.dtype, width: int, scale: float = 1.0) -> Tensor:
+def decode_rows(
+    buffer: Bytes, dtype: torch.dtype, width: int, scale: float = 1.0, device: torch.device | None = None
+) -> Tensor:
     """Tokens ``(N, width)`` from their bytes ``(N * row_bytes,)``; float16 and int8 come back as float32."""
     if dtype != torch.int8:
-        return decode(buffer, dtype, scale).view(-1, width)
+        return decode(buffer, dtype, scale, device).view(-1, width)
     whole = buffer.reshape(-1, _SCALE_BYTES + width)
-    step = np.ascontiguousarray(whole[:, :_SCALE_BYTES]).view("<f4").astype(np.float32)  # (N, 1)
-    return torch.from_numpy(whole[:, _SCALE_BYTES:].view(np.int8).astype(np.float32)).mul_(
-        torch.from_numpy(step)
-    )
+    step = torch.from_numpy(
+        np.ascontiguousarray(whole[:, :_SCALE_BYTES]).view("<f4").astype(np.float32)
+    )  # (N, 1)
+    numbers = torch.from_numpy(np.ascontiguousarray(whole[:, _SCALE_BYTES:]).view(np.int8))
+    if device is not None:
+        step, numbers = step.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
+    return numbers.float().mul_(step)
 
 
 def decode_labels(buffer: Bytes) -> Tensor:
@@ -171,11 +190,12 @@ class Assembler:
     Args:
         nbytes: length that the header announced.
         what: names the stream in errors.
+        locked: whether a GPU shall read the buffer by itself, for which its pages are locked.
     """
 
-    def __init__(self, nbytes: int, what: str) -> None:
+    def __init__(self, nbytes: int, what: str, *, locked: bool = False) -> None:
         # Memory of torch is always aligned alike, so that results do not depend on where the bytes came to lie.
-        self._memory = torch.empty(nbytes, dtype=torch.uint8).numpy()
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=locked).numpy()
         self._at, self._what = 0, what
 
     def __len__(self) -> int:

@@ -11,12 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from fednano.errors import HostRefused
 from fednano.host import codec
 from fednano.host.factored_codec import decode_parts, encode_parts, sample_key
+from fednano.host.jobs import Job, Reply
 from fednano.host.kept import KeptSample
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.models.language import LocalLLM
 from fednano.models.language_inputs import IGNORE
 
-__all__ = ["compute_factored", "stream_counts", "unpack_kept"]
+__all__ = ["factored_job", "stream_counts", "unpack_kept"]
 
 
 def unpack_kept(header: pb.KeepHeader, buffer: codec.Assembler) -> tuple[list[bytes], list[KeptSample]]:
@@ -57,10 +58,10 @@ def stream_counts(samples: Sequence[KeptSample], streams: int) -> list[int]:
     return [sum(int((sample.streams == index + 1).sum()) for sample in samples) for index in range(streams)]
 
 
-def compute_factored(
+def factored_job(
     llm: LocalLLM, header: pb.FactoredHeader, samples: Sequence[KeptSample], buffer: codec.Assembler
-) -> tuple[pb.StepResult, list[memoryview]]:
-    """Losses and, if wanted, the gradients of each stream's z and up.
+) -> Job:
+    """The job of a step on kept samples: each stream's rows are the kept ones plus ``z up``.
 
     Args:
         llm: the model.
@@ -77,25 +78,29 @@ def compute_factored(
     counts = stream_counts(samples, len(ranks))
     z, up = decode_parts(buffer.take(len(buffer)), counts, ranks, width, dtype)
     z, up = [part.to(device) for part in z], [part.to(device) for part in up]
-    x = pad_sequence([sample.rows.float() for sample in samples], batch_first=True).to(device)  # (B, L, d)
-    streams = pad_sequence([sample.streams for sample in samples], batch_first=True).to(device)  # (B, L)
+    x = pad_sequence([sample.rows.to(device).float() for sample in samples], batch_first=True)  # (B, L, d)
+    streams = pad_sequence([sample.streams for sample in samples], batch_first=True)  # (B, L)
     labels = pad_sequence(
         [sample.labels.long() for sample in samples], batch_first=True, padding_value=IGNORE
-    ).to(device)
-    mask = codec.pad([len(sample.rows) for sample in samples]).to(device)
-    places = [streams == index + 1 for index in range(len(ranks))]
+    )
+    mask = codec.pad([len(sample.rows) for sample in samples])
+    places = [(streams == index + 1).flatten().nonzero().flatten().to(device) for index in range(len(ranks))]
     for place, z_part, up_part in zip(places, z, up, strict=True):
-        x[place] += z_part @ up_part
-    losses, gradient = llm.loss_and_gradient(x, mask, labels, header.objective, header.want_gradient)
-    result = pb.StepResult(losses=losses.tolist())
-    if gradient is None:
-        return result, []
-    if header.weights:
-        gradient = gradient * torch.tensor(list(header.weights), device=device)[:, None, None]
-    z_gradients: list[Tensor] = []
-    up_gradients: list[Tensor] = []
-    for place, z_part, up_part in zip(places, z, up, strict=True):
-        rows = gradient[place].float()  # (N_i, d)
-        z_gradients.append(rows @ up_part.T)
-        up_gradients.append(z_part.T @ rows)
-    return result, encode_parts(z_gradients, up_gradients, dtype)
+        x.view(-1, width).index_add_(0, place, z_part @ up_part)
+    llm.check(x, mask, labels, header.objective)
+
+    def finish(losses: Tensor, gradient: Tensor | None) -> Reply:
+        result = pb.StepResult(losses=losses.tolist())
+        if gradient is None:
+            return result, []
+        if header.weights:
+            gradient = gradient * torch.tensor(list(header.weights), device=device)[:, None, None]
+        z_gradients: list[Tensor] = []
+        up_gradients: list[Tensor] = []
+        for place, z_part, up_part in zip(places, z, up, strict=True):
+            rows = gradient.reshape(-1, width).index_select(0, place).float()  # (N_i, d)
+            z_gradients.append(rows @ up_part.T)
+            up_gradients.append(z_part.T @ rows)
+        return result, encode_parts(z_gradients, up_gradients, dtype)
+
+    return Job(x, mask, labels, header.objective, header.want_gradient, finish)

@@ -17,7 +17,7 @@ from fednano.errors import ConfigError
 
 __all__ = ["serve_metrics"]
 
-_GAUGES = {"in_flight", "buffered_bytes", "kept_samples", "kept_memory_bytes", "kept_disk_bytes"}
+_GAUGES = {"in_flight", "buffered_bytes", "waiting", "kept_samples", "kept_memory_bytes", "kept_disk_bytes"}
 _HELP = {
     "step_tokens": "real tokens of training steps that were answered",
     "step_samples": "samples of training steps that were answered",
@@ -27,6 +27,7 @@ _HELP = {
     "batched_requests": "training steps that shared a pass with another",
     "in_flight": "requests admitted and not yet answered",
     "buffered_bytes": "tensor bytes of those requests",
+    "waiting": "training steps received and not yet computed",
 }
 
 

@@ -1,7 +1,7 @@
 """Admission and computation: how much a host takes on at once, and where it computes.
 
-Each request is computed alone, in the order of arrival, by one of a few worker threads with a fixed number of
-torch threads. So the bits of a reply depend on its request alone, not on what else the host is doing.
+A few worker threads compute, each with a fixed number of torch threads, in the order in which work arrives. So the
+bits of what is computed do not depend on what else the host is doing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from fednano.host.stats import Stats
 __all__ = ["BusyError", "ComputePool"]
 
 T = TypeVar("T")
+
+_CARRIERS = 2
+"""Threads that carry requests to a GPU and replies back while it computes: one for each way."""
 
 
 class BusyError(Exception):
@@ -53,6 +56,7 @@ class ComputePool:
             torch.set_num_threads(threads)
         self.workers = workers
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="language-host")
+        self._carriers = ThreadPoolExecutor(_CARRIERS, thread_name_prefix="language-host-carrier")
 
     @asynccontextmanager
     async def admit(self, nbytes: int) -> AsyncIterator[None]:
@@ -92,6 +96,11 @@ class ComputePool:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, job)
 
+    async def carry(self, work: Callable[[], T]) -> T:
+        """Run ``work`` beside the workers: copies to and from a device."""
+        return await asyncio.get_running_loop().run_in_executor(self._carriers, work)
+
     async def close(self) -> None:
         """Drop what waits, let running computations end."""
-        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        for executor in (self._executor, self._carriers):
+            await asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True)

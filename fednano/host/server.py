@@ -55,6 +55,7 @@ class HostServer:
         kept: keeps the samples of the factored exchange; closed with the server. ``None`` makes one of default size.
         batch_tokens: most tokens of a batch of several clients' steps; 0 computes each request alone, see
             `fednano.host.batching.StepBatcher`.
+        linger_seconds: longest wait of a step for company, see there.
 
     Raises:
         ConfigError: a bad number, or an address that other machines can reach without TLS.
@@ -71,6 +72,7 @@ class HostServer:
         threads: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         batch_tokens: int = 0,
+        linger_seconds: float = 0.0,
         kept: KeptSamples | None = None,
     ) -> None:
         self._listen, self._security, self._limits = (
@@ -95,6 +97,7 @@ class HostServer:
             verifier=self._security.verifier,
             chunk_bytes=chunk_bytes,
             batch_tokens=batch_tokens,
+            linger_seconds=linger_seconds,
             kept=self._kept,
         )
         self._server: grpc.aio.Server | None = None
@@ -176,6 +179,7 @@ def serve(
     threads: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     batch_tokens: int = 0,
+    linger_seconds: float = 0.0,
     kept: KeptSamples | None = None,
     grace: float = 10.0,
 ) -> Iterator[RunningHost]:
@@ -193,6 +197,7 @@ def serve(
         threads=threads,
         chunk_bytes=chunk_bytes,
         batch_tokens=batch_tokens,
+        linger_seconds=linger_seconds,
         kept=kept,
     )
     loop = asyncio.new_event_loop()

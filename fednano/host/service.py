@@ -12,11 +12,12 @@ from typing import Any
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
-from fednano.host.batching import StepBatcher
+from fednano.host.batching import Ask, StepBatcher
 from fednano.host.calls import Calls, Context, OtherModelError, SamplesNotKeptError, Trace
-from fednano.host.compute import begin_generation
+from fednano.host.compute import begin_generation, step_job
 from fednano.host.factored_codec import parts_bytes
-from fednano.host.factored_compute import compute_factored, stream_counts, unpack_kept
+from fednano.host.factored_compute import factored_job, stream_counts, unpack_kept
+from fednano.host.jobs import Reply
 from fednano.host.kept import KeptSample, KeptSamples
 from fednano.host.limits import HostLimits
 from fednano.host.names import CHUNK_BYTES, LABEL_BYTES
@@ -43,6 +44,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         verifier: checks tokens; ``None`` admits everybody.
         chunk_bytes: size of the chunks of a reply.
         batch_tokens: see `fednano.host.batching.StepBatcher`.
+        linger_seconds: likewise.
         kept: keeps the samples of the factored exchange.
     """
 
@@ -56,10 +58,11 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         verifier: TokenVerifier | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         batch_tokens: int = 0,
+        linger_seconds: float = 0.0,
         kept: KeptSamples | None = None,
     ) -> None:
-        self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens)
-        Calls.__init__(self, limits, stats, verifier)
+        self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens, linger_seconds=linger_seconds)
+        Calls.__init__(self, limits, stats, verifier, locked=llm.device.type == "cuda")
         self._llm, self._pool, self._chunk_bytes = llm, pool, chunk_bytes
         self._kept = kept if kept is not None else KeptSamples()
 
@@ -101,10 +104,13 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             body = self._sizes(header, per_token=LABEL_BYTES)
             async with self._admitted(trace, body):
                 buffer = await self._receive(context, "step", body)
-                reply, gradient = await self._steps.run(header, buffer, trace.peer)
-                await self._send(context, "step", pb.StepReply(header=reply))
-                for chunk in codec.chunks([gradient], self._chunk_bytes):
-                    await self._send(context, "step", pb.StepReply(chunk=chunk))
+                ask = Ask(
+                    header.objective,
+                    header.want_gradient,
+                    header.embeds.lengths,
+                    lambda: step_job(self._llm, header, buffer),
+                )
+                await self._reply(context, "step", await self._steps.run(ask, trace.peer))
             self._count(trace, header.embeds.lengths)
 
     async def Keep(self, request: Any, context: Context) -> None:  # noqa: N802
@@ -118,7 +124,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                 )
             async with self._admitted(trace, body):
                 buffer = await self._receive(context, "keep", body)
-                keys, samples = await self._pool.run(lambda: unpack_kept(header, buffer))
+                keys, samples = await self._pool.carry(lambda: unpack_kept(header, buffer))
                 for index, (key, given, sample) in enumerate(zip(keys, header.keys, samples, strict=True)):
                     if key != given:
                         raise HostRefused(
@@ -136,13 +142,21 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             samples, body = self._kept_samples(header, trace)
             async with self._admitted(trace, body):
                 buffer = await self._receive(context, "factored_step", body)
-                reply, parts = await self._pool.run(
-                    lambda: compute_factored(self._llm, header, samples, buffer)
+                lengths = [len(sample.rows) for sample in samples]
+                ask = Ask(
+                    header.objective,
+                    header.want_gradient,
+                    lengths,
+                    lambda: factored_job(self._llm, header, samples, buffer),
                 )
-                await self._send(context, "factored_step", pb.StepReply(header=reply))
-                for chunk in codec.chunks(parts, self._chunk_bytes):
-                    await self._send(context, "factored_step", pb.StepReply(chunk=chunk))
-            self._count(trace, [len(sample.rows) for sample in samples])
+                await self._reply(context, "factored_step", await self._steps.run(ask, trace.peer))
+            self._count(trace, lengths)
+
+    async def _reply(self, context: Context, call: str, reply: Reply) -> None:
+        header, parts = reply
+        await self._send(context, call, pb.StepReply(header=header))
+        for chunk in codec.chunks(parts, self._chunk_bytes):
+            await self._send(context, call, pb.StepReply(chunk=chunk))
 
     @asynccontextmanager
     async def _admitted(self, trace: Trace, nbytes: int) -> AsyncIterator[None]:

@@ -15,7 +15,8 @@ class Stats:
     (jobs that ran) and ``computed_milliseconds``; for each reason, ``refused_<reason>``; ``cancelled`` (the caller
     left or its deadline passed); ``batches``, ``batched_requests`` (those that shared a pass) and ``batches_split``
     (for want of memory).
-    Those that also fall: ``in_flight`` (requests admitted) and ``buffered_bytes`` (their tensors).
+    Those that also fall: ``in_flight`` (requests admitted), ``buffered_bytes`` (their tensors) and ``waiting`` (steps
+    received and not yet computed).
     """
 
     def __init__(self) -> None:

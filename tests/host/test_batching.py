@@ -15,17 +15,21 @@ from hypothesis import strategies as st
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import HostLimits, RemoteLLM, codec, serve
-from fednano.host.batching import StepBatcher
-from fednano.host.compute import StepReply, compute_step, compute_steps
+from fednano.host.batching import Ask, StepBatcher
+from fednano.host.compute import step_job
+from fednano.host.jobs import Reply
+from fednano.host.lane import Lane
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.stats import Stats
 from fednano.models.language import LocalLLM
+from fednano.models.passes import Passes
 
-Request = tuple[pb.StepHeader, codec.Assembler]
 
-
-def request(llm: LocalLLM, lengths: list[int], *, seed: int = 0, **header: Any) -> Request:
+def request(
+    llm: LocalLLM, lengths: list[int], *, seed: int = 0, spoil: slice | None = None, **header: Any
+) -> Ask:
+    """A step's request; ``spoil`` are bytes of it that are overwritten with ones."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(sum(lengths), llm.hidden_size, generator=generator)
     labels = torch.randint(0, llm.vocab_size, (sum(lengths),), generator=generator, dtype=torch.int32)
@@ -34,42 +38,69 @@ def request(llm: LocalLLM, lengths: list[int], *, seed: int = 0, **header: Any) 
     buffer = codec.Assembler(len(data) + labels.numel() * 4, "test")
     buffer.add(bytes(data))
     buffer.add(bytes(codec.raw(labels)))
-    return pb.StepHeader(embeds=packed, **fields), buffer
+    if spoil is not None:
+        buffer._memory[spoil] = 127 if spoil.start else 255
+    step = pb.StepHeader(embeds=packed, **fields)
+    return Ask(step.objective, step.want_gradient, lengths, lambda: step_job(llm, step, buffer))
 
 
-def numbers(reply: StepReply) -> tuple[torch.Tensor, torch.Tensor]:
-    result, data = reply
+def numbers(reply: Reply) -> tuple[torch.Tensor, torch.Tensor]:
+    result, (data,) = reply
     gradient = codec.decode(torch.frombuffer(bytearray(data), dtype=torch.uint8).numpy(), torch.float32)
     return torch.tensor(list(result.losses)), gradient
+
+
+def alone(llm: LocalLLM, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model itself answers."""
+    job = ask.prepare()
+    losses, gradient = llm.loss_and_gradient(job.x, job.mask, job.labels, job.objective, True)
+    assert gradient is not None
+    return losses, gradient[job.mask].flatten()
+
+
+def together(llm: LocalLLM, asks: list[Ask]) -> list[Reply | Exception]:
+    """All in one pass of a host, after a first one that they wait for."""
+    gated = Gated()
+    replies: list[Reply | Exception] = []
+
+    async def scene() -> None:
+        batcher = StepBatcher(llm, gated.pool, gated.stats, batch_tokens=4096)
+        first = asyncio.create_task(batcher.run(request(llm, [2]), "first"))
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(batcher.run(ask, f"c{index}")) for index, ask in enumerate(asks)]
+        await asyncio.sleep(0)
+        gated.gate.set()
+        await first
+        replies.extend(await asyncio.gather(*waiting, return_exceptions=True))  # type: ignore[arg-type]
+
+    gated.play(scene)
+    return replies
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_each_reply_equals_that_of_the_lone_request(shapes: list[list[int]], local: LocalLLM) -> None:
     requests = [request(local, lengths, seed=i) for i, lengths in enumerate(shapes)]
-    for one, reply in zip(requests, compute_steps(local, requests), strict=True):
+    for one, reply in zip(requests, together(local, requests), strict=True):
         assert not isinstance(reply, Exception)
-        for got, expected in zip(numbers(reply), numbers(compute_step(local, *one)), strict=True):
+        for got, expected in zip(numbers(reply), alone(local, one), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_bad_request_is_refused_alone(local: LocalLLM) -> None:
     good = request(local, [4, 6])
-    header, buffer = request(local, [5], seed=1)
-    buffer._memory[:4] = 255  # a NaN
-    wrong = request(local, [3], seed=2)
-    wrong[1]._memory[-4:] = 127  # a label beyond the vocabulary
-    first, second, third, fourth = compute_steps(local, [good, (header, buffer), wrong, good])
+    nan = request(local, [5], seed=1, spoil=slice(0, 4))
+    wrong = request(local, [4], seed=2, spoil=slice(-4, None))  # a label beyond the vocabulary
+    first, second, third, fourth = together(local, [good, nan, wrong, good])
     assert isinstance(second, HostRefused)
     assert "NaN" in str(second)
     assert isinstance(third, HostRefused)
     assert "vocabulary" in str(third)
-    alone = numbers(compute_step(local, *good))
     for reply in (first, fourth):
         assert not isinstance(reply, Exception)
-        torch.testing.assert_close(numbers(reply), alone, rtol=1e-4, atol=1e-6)
-    unknown = request(local, [4], objective="no-such-loss")
-    assert isinstance(compute_steps(local, [unknown])[0], ConfigError)
+        torch.testing.assert_close(numbers(reply), alone(local, good), rtol=1e-4, atol=1e-6)
+    (unknown,) = together(local, [request(local, [4], objective="no-such-loss")])
+    assert isinstance(unknown, ConfigError)
 
 
 class Gated:
@@ -109,7 +140,7 @@ def test_what_waits_together_is_computed_together_in_turns(local: LocalLLM) -> N
         batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=40)
 
         async def ask(client: str, name: str, lengths: list[int], **header: Any) -> None:
-            await batcher.run(*request(local, lengths, **header), client)
+            await batcher.run(request(local, lengths, **header), client)
             order.append(name)
 
         tasks = [asyncio.create_task(ask("a", "first", [8]))]
@@ -135,9 +166,9 @@ def test_a_caller_that_leaves_is_not_computed(local: LocalLLM) -> None:
 
     async def scene() -> None:
         batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=100)
-        first = asyncio.create_task(batcher.run(*request(local, [8]), "a"))
+        first = asyncio.create_task(batcher.run(request(local, [8]), "a"))
         await asyncio.sleep(0)
-        left, stays = (asyncio.create_task(batcher.run(*request(local, [8]), c)) for c in "bc")
+        left, stays = (asyncio.create_task(batcher.run(request(local, [8]), c)) for c in "bc")
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.sleep(0)
@@ -150,30 +181,59 @@ def test_a_caller_that_leaves_is_not_computed(local: LocalLLM) -> None:
     assert gated.stats.get("batched_requests") == 0  # two passes of one request each
 
 
+def test_a_short_step_waits_for_clients_that_were_just_answered(local: LocalLLM) -> None:
+    """Four clients, each of which asks again as soon as it is answered, end up in one pass instead of two groups."""
+
+    def passes(linger: float) -> int:
+        gated = Gated()
+        run = gated.pool.run
+
+        async def slow(job: Callable[[], Any]) -> Any:
+            return await run(lambda: (time.sleep(0.05), job())[1])  # a pass of a real model
+
+        gated.pool.run = slow  # type: ignore[method-assign]
+        gated.gate.set()
+
+        async def scene() -> None:
+            batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512, linger_seconds=linger)
+
+            async def client(name: str, late: float) -> None:
+                await asyncio.sleep(late)
+                for _ in range(6):
+                    await batcher.run(request(local, [8]), name)
+                    await asyncio.sleep(0.002)  # it takes a moment to come back
+
+            await asyncio.gather(*(client(str(number), 0.01 * number) for number in range(4)))
+
+        gated.play(scene)
+        assert gated.stats.get("waiting") == 0
+        return gated.stats.get("batches")
+
+    assert passes(0.02) < passes(0.0)
+
+
 def test_what_does_not_fit_into_memory_together_is_computed_alone(
     local: LocalLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = LocalLLM.loss_and_gradient
+    whole = Passes.compute
 
-    def small(self: LocalLLM, embeds: torch.Tensor, *rest: Any) -> Any:
+    def small(self: Passes, embeds: torch.Tensor, *rest: Any) -> Any:
         if len(embeds) > 1:
             raise torch.OutOfMemoryError("too much")
         return whole(self, embeds, *rest)
 
-    monkeypatch.setattr(LocalLLM, "loss_and_gradient", small)
+    monkeypatch.setattr(Passes, "compute", small)
     gated = Gated()
 
     async def scene() -> None:
         batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=100)
-        tasks = [asyncio.create_task(batcher.run(*request(local, [8], seed=i), str(i))) for i in range(4)]
+        tasks = [asyncio.create_task(batcher.run(request(local, [8], seed=i), str(i))) for i in range(4)]
         await asyncio.sleep(0)
         gated.gate.set()
         replies = await asyncio.gather(*tasks)
         monkeypatch.undo()
         for i, reply in enumerate(replies):
-            torch.testing.assert_close(
-                numbers(reply), numbers(compute_step(local, *request(local, [8], seed=i)))
-            )
+            torch.testing.assert_close(numbers(reply), alone(local, request(local, [8], seed=i)))
         with pytest.raises(ConfigError):
             StepBatcher(local, gated.pool, gated.stats, batch_tokens=-1)
 
@@ -181,8 +241,16 @@ def test_what_does_not_fit_into_memory_together_is_computed_alone(
     assert gated.stats.get("batches_split") == 1
 
 
-def test_many_clients_over_the_wire_get_what_they_would_get_alone(local: LocalLLM) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_many_clients_over_the_wire_get_what_they_would_get_alone(
+    local: LocalLLM, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where carrying and computing are done apart, as on a GPU."""
     wrong: list[str] = []
+    if apart:
+        monkeypatch.setattr(
+            Lane, "__init__", lambda self, device: self.__dict__.update(_cuda=False, apart=True)
+        )
     with serve(local, batch_tokens=2048, grace=1.0) as host:
 
         def client(number: int) -> None:

@@ -295,7 +295,8 @@ def test_a_client_that_leaves_frees_its_place(local: LocalLLM) -> None:
 
 def test_a_fault_of_the_host_ends_one_call_only(caplog: pytest.LogCaptureFixture) -> None:
     part = tiny_part()
-    faults = iter([RuntimeError("secret detail"), torch.OutOfMemoryError("CUDA out of memory")])
+    full = torch.OutOfMemoryError("CUDA out of memory")  # as it is, and with checkpoints
+    faults = iter([RuntimeError("secret detail"), full, full])
 
     def maybe_fail(*_: object) -> None:
         fault = next(faults, None)

@@ -1,0 +1,83 @@
+"""Steps as the device sees them: a batch to compute, and what becomes of its losses and gradient.
+
+Whatever the exchange, a request becomes a `Job`; jobs of different clients are computed in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fednano.host.proto import language_host_pb2 as pb
+from fednano.models.language import LocalLLM
+from fednano.models.language_inputs import IGNORE
+
+__all__ = ["Job", "Outcome", "Reply", "compute_jobs"]
+
+Reply: TypeAlias = tuple[pb.StepResult, list[memoryview]]
+"""A reply's header, and the bytes that follow it."""
+
+Outcome: TypeAlias = tuple[Tensor, Tensor | None]
+"""Losses ``(B,)`` and, if wanted, the gradient ``(B, L, d)`` of their sum, on the device."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request as tensors; checked.
+
+    Attributes:
+        x: ``(B, L, d)`` on the model's device, zeros as padding, which is right.
+        mask: ``(B, L)`` on the CPU.
+        labels: ``(B, L)`` on the CPU.
+        objective: name of the token loss.
+        want_gradient: whether to go backward.
+        finish: makes the reply.
+    """
+
+    x: Tensor
+    mask: Tensor
+    labels: Tensor
+    objective: str
+    want_gradient: bool
+    finish: Callable[[Tensor, Tensor | None], Reply]
+
+
+def compute_jobs(llm: LocalLLM, jobs: Sequence[Job]) -> list[Outcome]:
+    """Several requests in one pass; all of one objective, all with or without gradients.
+
+    Args:
+        llm: the model.
+        jobs: at least one.
+
+    Raises:
+        HostRefused, ConfigError: what only the computation can find.
+        MemoryError, torch.OutOfMemoryError: they do not fit into memory.
+    """
+    first, longest = jobs[0], max(job.x.shape[1] for job in jobs)
+    if len(jobs) == 1:
+        x, mask, labels = first.x, first.mask, first.labels
+    else:
+        x = torch.cat([_widen(job.x, longest, 0.0) for job in jobs])
+        mask = torch.cat([_widen(job.mask, longest, False) for job in jobs])
+        labels = torch.cat([_widen(job.labels, longest, IGNORE) for job in jobs])
+    losses, gradient = llm.passes.compute(x, mask, labels, first.objective, first.want_gradient)
+    outcomes: list[Outcome] = []
+    at = 0
+    for job in jobs:
+        rows = slice(at, at + len(job.mask))
+        at += len(job.mask)
+        outcomes.append((losses[rows], None if gradient is None else gradient[rows, : job.mask.shape[1]]))
+    return outcomes
+
+
+def _widen(part: Tensor, length: int, fill: float) -> Tensor:
+    """``(B, L, ...)`` padded on the right to ``(B, length, ...)``."""
+    if part.shape[1] == length:
+        return part
+    wide = part.new_full((part.shape[0], length, *part.shape[2:]), fill)
+    wide[:, : part.shape[1]] = part
+    return wide

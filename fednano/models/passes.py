@@ -1,0 +1,154 @@
+"""Forward and backward passes over the frozen language part: the arithmetic of a step, and nothing else.
+
+Activations belong to a part of a batch that fits into memory (`fednano.models.memory`), logits to tokens that carry a
+label. With mask and labels on the CPU nothing here waits for the device, so that a GPU is told what comes next while it
+still computes.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fednano.adapters.fused import kernels_for
+from fednano.models.blocks import Blocks
+from fednano.models.layout import Layout, lay_out
+from fednano.models.memory import Cost, DeviceMemory, Memory, Part, plan, smaller
+
+if TYPE_CHECKING:
+    from fednano.models.language import LanguagePart
+
+__all__ = ["Passes"]
+
+_WARM_TOKENS = 512
+
+
+class Passes:
+    """Passes over one language part, whose weights are frozen.
+
+    Args:
+        part: the language part, on its device.
+        compiled: compile the decoder's blocks with ``torch.compile``.
+        memory: what is known of the device's memory; ``None`` asks CUDA, and plans nothing elsewhere.
+
+    Attributes:
+        turn: held while the decoder runs, where its own buffers change during a pass.
+    """
+
+    def __init__(self, part: LanguagePart, *, compiled: bool = False, memory: Memory | None = None) -> None:
+        weight = next(part.decoder.parameters())
+        self._part, self.device, self.dtype = part, weight.device, weight.dtype
+        if memory is None and self.device.type == "cuda":
+            memory = DeviceMemory(self.device)
+        self._memory = memory
+        self._cost: Cost | None = None
+        self._blocks = Blocks(part.decoder, compiled=compiled)
+        # Rotary embeddings of these kinds rewrite their own buffers during a forward pass.
+        kinds = [str(getattr(m, "rope_type", "")) for m in part.decoder.modules()]
+        stateful = any("dynamic" in kind or "longrope" in kind for kind in kinds)
+        self.turn: AbstractContextManager[Any] = threading.Lock() if stateful else nullcontext()
+
+    def compute(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str, want_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses ``(B,)`` and, if wanted, the gradient ``(B, T, d)`` of their sum, outside of any graph.
+
+        Args:
+            embeds: ``(B, T, d)`` float, as all inputs found acceptable before (`LocalLLM.check`).
+            mask: ``(B, T)``.
+            labels: ``(B, T)`` int64.
+            objective: name of the token loss.
+            want_gradient: whether to go backward.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: one sample alone does not fit into the memory there is.
+        """
+        mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
+        lengths = mask.sum(1).tolist()
+        parts = self._parts(lengths)
+        while (done := self._try(parts, embeds, mask, labels, objective, want_gradient)) is None:
+            # The plan was wrong, or others took the memory meanwhile.
+            parts = smaller(parts, len(lengths), len(self._blocks))
+            if not parts:
+                raise torch.OutOfMemoryError("a sample does not fit into the memory that is free now")
+        if len(done) == 1:
+            return done[0]
+        gradients = [gradient for _, gradient in done if gradient is not None]
+        return torch.cat([losses for losses, _ in done]), torch.cat(gradients) if gradients else None
+
+    def _try(self, parts: list[Part], *batch: Any) -> list[tuple[Tensor, Tensor | None]] | None:
+        """The parts one after the other, or ``None``, with all they took let go, if memory ran out."""
+        try:
+            return [self._one(part, *batch) for part in parts]
+        except torch.OutOfMemoryError:
+            return None
+
+    def warm_up(self) -> None:
+        """Run the first passes, which load kernels and compile, and measure what a token takes on a GPU."""
+        tokens = min(_WARM_TOKENS, self._part.max_positions)
+
+        def run(samples: int, length: int, checkpoints: int = 0) -> tuple[int, int]:
+            embeds = torch.randn(samples, length, self._part.hidden_size, device=self.device).to(self.dtype)
+            mask = torch.ones(samples, length, dtype=torch.bool)
+            labels = torch.zeros(samples, length, dtype=torch.int64)
+            for _ in range(2):  # the first may compile, and take more
+                if self._memory is not None:
+                    self._memory.start()
+                part = Part(slice(0, samples), checkpoints)
+                self._one(part, embeds, mask, labels, "cross_entropy", True)
+            return samples * length, 0 if self._memory is None else self._memory.taken()
+
+        single = run(1, max(tokens // 2, 2))
+        if self._memory is None:
+            return
+        double = run(2, tokens)
+        kept = run(2, tokens, len(self._blocks)) if len(self._blocks) else double
+        self._cost = Cost.fit(single, double, kept)
+
+    def _parts(self, lengths: list[int]) -> list[Part]:
+        """How to cut a batch."""
+        if self._memory is None or self._cost is None:
+            return [Part(slice(0, len(lengths)))]
+        return plan(lengths, self._cost, self._memory.free(), len(self._blocks))
+
+    def _one(
+        self, part: Part, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str, want_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses and gradient of some of a batch's samples, outside of any graph."""
+        layout = lay_out(mask[part.rows], labels[part.rows])
+        rows = embeds.detach()[part.rows].requires_grad_(want_gradient)
+        with torch.set_grad_enabled(want_gradient), self._blocks.checkpointed(part.checkpoints):
+            losses = self._losses(rows, layout, objective)
+            return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
+
+    def _losses(self, embeds: Tensor, layout: Layout, objective: str) -> Tensor:
+        """Losses ``(B,)`` on the model's device, as a graph over ``embeds`` ``(B, T, d)``."""
+        x = layout.align(embeds.to(self.device, self.dtype))  # (B, L, d)
+        chosen = layout.chosen.to(self.device, non_blocking=True)
+        targets = layout.targets.to(self.device, non_blocking=True)
+        positions = torch.arange(x.shape[1], device=self.device).unsqueeze(0)
+        with self.turn:
+            out = self._part.decoder(
+                inputs_embeds=x, attention_mask=None, position_ids=positions, use_cache=False
+            )
+        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, chosen)  # (N, d)
+        tokens = self._token_losses(hidden, targets, objective)  # (N,)
+        # Sample by sample rather than by a scatter: the order of the sum is that of the lone sample.
+        return torch.stack([t.mean() for t in torch.split(tokens, layout.counts)])
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor, objective: str) -> Tensor:
+        """Loss ``(N,)`` of each label ``(N,)`` predicted from ``hidden`` ``(N, d)``; logits never whole on a GPU."""
+        from fednano.training.objectives import get_objective
+
+        head, kernels = self._part.head, kernels_for(hidden)
+        plain = type(head) is nn.Linear and head.bias is None
+        if kernels is None or not plain or objective not in kernels.OBJECTIVES or objective == "npo":
+            return get_objective(objective)(head(hidden), labels)
+        losses: Tensor = kernels.linear_token_loss(
+            hidden, head.weight, labels, objective, labelled_rows=len(labels)
+        )
+        return losses
