@@ -63,8 +63,17 @@ class _Job:
     rank: int | None
 
 
+def _whole(name: str) -> Any:
+    model = load_whole(name)
+    if not hasattr(model.config, "vision_config"):
+        raise ModelError(
+            f"{name!r} is text-only; its adapter can be exported with --format safetensors alone."
+        )
+    return model
+
+
 def _peft(job: _Job) -> tuple[ExportedSite, ...]:
-    found = list(changes(job.edge, load_whole(job.model), rank=job.rank))
+    found = list(changes(job.edge, _whole(job.model), rank=job.rank))
     factors = {
         change.name: ("embedding" if change.stream == "text" else "linear", *change.factors())
         for change in found
@@ -75,7 +84,7 @@ def _peft(job: _Job) -> tuple[ExportedSite, ...]:
 
 
 def _merged(job: _Job) -> tuple[ExportedSite, ...]:
-    model = load_whole(job.model)
+    model = _whole(job.model)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     if head is not None and head.weight is table and "text" in job.edge.layers:
         # The text adapter stands behind the table, not behind the head: from here on they differ.

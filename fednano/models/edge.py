@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fednano.adapters import Adapter, AdapterLayer, Site
-from fednano.errors import ConfigError, DataError
+from fednano.errors import ConfigError, DataError, ModelError
 from fednano.models.factored import FactoredBatch, StreamFactors
 from fednano.models.prompt import Prompt, build_prompt
 
@@ -33,15 +33,15 @@ class EdgePart(nn.Module):
 
     Attributes:
         hidden_size: width ``d`` of the embeddings that go to the language model.
-        image_token_id: id of the image placeholder in a prompt.
+        image_token_id: id of the image placeholder in a prompt; -1 in a text-only model.
         fingerprint: hex SHA-256 of the weights; features computed by equal edges are interchangeable.
     """
 
     def __init__(
         self,
         *,
-        vision_tower: nn.Module,
-        connector: nn.Module,
+        vision_tower: nn.Module | None,
+        connector: nn.Module | None,
         token_embedding: nn.Module,
         tokenizer: Any,
         image_processor: Any,
@@ -66,13 +66,23 @@ class EdgePart(nn.Module):
         self.requires_grad_(False)
 
     def preprocess(self, images: Sequence[Any]) -> Tensor:
-        """Images (PIL) to pixels ``(n, 3, height, width)`` by the model's own image processor."""
+        """Images (PIL) to pixels ``(n, 3, height, width)`` by the model's own image processor.
+
+        Raises:
+            ModelError: the model is text-only.
+        """
+        if self.image_processor is None:
+            raise ModelError(
+                "the model is text-only, but the data has images. Leave them out, or choose a multimodal model."
+            )
         pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Vision tower and connector: pixels ``(n, 3, height, width)`` to features ``(n, image_tokens, d)``."""
+        assert self.connector is not None
+        assert self.vision_tower is not None
         weight = next(self.connector.parameters())
         output = self.vision_tower(
             pixels.to(weight.device, weight.dtype), output_hidden_states=True, return_dict=True
@@ -130,7 +140,7 @@ class NanoEdge(nn.Module):
         bases: per stream, a basis made elsewhere; then nothing is computed.
 
     Raises:
-        ConfigError: no adapter at all, or a stream that does not exist.
+        ConfigError: no adapter at all, or a stream that does not exist (an image stream in a text-only model).
     """
 
     def __init__(
@@ -148,6 +158,8 @@ class NanoEdge(nn.Module):
             raise ConfigError(
                 f"adapters stand on the streams {unknown or 'none'}; expected some of {list(STREAMS)}."
             )
+        if "image" in adapters and edge.vision_tower is None:
+            raise ConfigError("the model is text-only and has no stream 'image'; set streams to 'text'.")
         self.edge = edge
         self.layers = nn.ModuleDict(
             {

@@ -1,4 +1,4 @@
-"""Load one side of a LLaVA model, or both, through transformers' own classes.
+"""Load one side of a LLaVA model or of a text model, or both, through transformers' own classes.
 
 Each side is the real class built from a changed configuration: the edge has a decoder of zero layers, the language
 side a vision tower of zero layers. So transformers does all that is specific to a model: key conversion of old
@@ -8,19 +8,21 @@ checkpoints, dtype, tied weights.
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from fednano.errors import ModelError
+from fednano.models.build import build, ending_ids, without_layers
 from fednano.models.edge import EdgePart
-from fednano.models.files import ModelFiles, find_model, read_tensors
+from fednano.models.files import ModelFiles, find_model
 from fednano.models.fingerprint import fingerprint
 from fednano.models.language import LanguagePart
 from fednano.models.prompt import load_text_processor
 from fednano.models.quiet import quiet
+from fednano.models.textual import is_textual, load_text_edge, load_text_language, text_class
 
 __all__ = ["count_parameters", "load_edge", "load_language", "load_whole", "split_model"]
 
@@ -28,7 +30,12 @@ _EDGE_KEYS = ("vision_tower.", "multi_modal_projector.", "embed_tokens.")
 _LANGUAGE_KEYS = ("language_model.", "lm_head.")
 
 
-def _config(files: ModelFiles) -> Any:
+def read_config(files: ModelFiles) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ModelError: it cannot be read, or is of a kind that cannot be divided.
+    """
     from transformers import AutoConfig, LlavaConfig
 
     try:
@@ -36,50 +43,29 @@ def _config(files: ModelFiles) -> Any:
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"the configuration of {files.name!r} cannot be read: {first}") from error
-    if not isinstance(config, LlavaConfig):
+    if not isinstance(config, LlavaConfig) and not is_textual(config):
         has_vision = hasattr(config, "vision_config")
-        kind = "a multimodal model of another family" if has_vision else "not a multimodal model"
+        kind = (
+            "a multimodal model of another family"
+            if has_vision
+            else "neither multimodal nor a causal text model"
+        )
         raise ModelError(
             f"{files.name!r} is {kind} (model_type {config.model_type!r}). Expected a LLaVA model "
-            "(model_type 'llava', class LlavaForConditionalGeneration), such as llava-hf/llava-1.5-7b-hf."
+            "(model_type 'llava', class LlavaForConditionalGeneration), such as llava-hf/llava-1.5-7b-hf, or a causal "
+            "text model such as Llama, Qwen, GPT-2 or Phi."
         )
     return config
 
 
-def _without_layers(config: Any) -> None:
-    """Cut a tower or decoder down to zero layers, in place."""
-    config.num_hidden_layers = 0
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = []
-    if hasattr(config, "max_window_layers"):
-        config.max_window_layers = 0
-
-
-def _build(files: ModelFiles, config: Any, keys: tuple[str, ...], dtype: torch.dtype) -> Any:
-    """The Hugging Face model of ``config`` filled with the checkpoint's tensors that match ``keys``."""
+def _llava() -> Any:
     from transformers import LlavaForConditionalGeneration
 
-    tensors = read_tensors(files, lambda key: any(part in key for part in keys))
-    try:
-        with quiet():
-            model, info = LlavaForConditionalGeneration.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-            )
-    except RuntimeError as error:
-        raise ModelError(f"the weights of {files.name!r} do not fit its configuration: {error}") from error
-    mismatched = info.get("mismatched_keys") or []
-    if mismatched:
-        raise ModelError(
-            f"the weights of {files.name!r} do not fit its configuration: {sorted(map(str, mismatched))[:3]}"
-        )
-    missing = sorted(key for key in info["missing_keys"] if any(part in key for part in keys))
-    if missing:
-        raise ModelError(
-            f"weights are missing: {files.name!r} lacks {len(missing)} tensors, among them {', '.join(missing[:3])}. "
-            "Fetch the model again, or check that the folder is complete."
-        )
-    model.requires_grad_(False).eval()
-    return model
+    return LlavaForConditionalGeneration
+
+
+def _among(keys: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda key: any(part in key for part in keys)
 
 
 def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> EdgePart:
@@ -94,13 +80,15 @@ def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
         ModelError: unknown model, another kind of model, or missing weights.
     """
     files = find_model(name_or_path)
-    full = _config(files)
+    full = read_config(files)
+    if is_textual(full):
+        return load_text_edge(files, full, dtype=dtype, device=device)
     config = copy.deepcopy(full)
-    _without_layers(config.text_config)
+    without_layers(config.text_config)
     # The head is the language side's; tying it to the embeddings keeps the class whole at no cost.
     config.tie_word_embeddings = True
     config.text_config.tie_word_embeddings = True
-    model = _build(files, config, _EDGE_KEYS, dtype)
+    model = build(files, _llava(), config, _among(_EDGE_KEYS), dtype)
     return _edge_part(model, full, files).to(device)
 
 
@@ -112,23 +100,27 @@ def load_language(
     Args and errors as for :func:`load_edge`.
     """
     files = find_model(name_or_path)
-    config = copy.deepcopy(_config(files))
-    _without_layers(config.vision_config)
-    model = _build(files, config, _LANGUAGE_KEYS, dtype)
+    config = copy.deepcopy(read_config(files))
+    if is_textual(config):
+        return load_text_language(files, config, dtype=dtype, device=device)
+    without_layers(config.vision_config)
+    model = build(files, _llava(), config, _among(_LANGUAGE_KEYS), dtype)
     model.model.language_model.to(device)
     model.lm_head.to(device)
     return _language_part(model, files)
 
 
 def load_whole(name_or_path: str) -> Any:
-    """Load the undivided ``LlavaForConditionalGeneration``, frozen, on the CPU, in the dtype of its configuration.
+    """Load the undivided model, frozen, on the CPU, in the dtype of its configuration.
 
     Args and errors as for :func:`load_edge`.
     """
     files = find_model(name_or_path)
-    config = _config(files)
-    keys = tuple({*_EDGE_KEYS, *_LANGUAGE_KEYS})
-    return _build(files, config, keys, getattr(config, "dtype", None) or torch.float32)
+    config = read_config(files)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if is_textual(config):
+        return build(files, text_class(config), config, lambda _: True, dtype)
+    return build(files, _llava(), config, _among((*_EDGE_KEYS, *_LANGUAGE_KEYS)), dtype)
 
 
 def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
@@ -177,23 +169,7 @@ def _image_processor(files: ModelFiles) -> Any:
 
 def _language_part(model: Any, files: ModelFiles) -> LanguagePart:
     text = model.config.text_config
-    generation_file = files.file("generation_config.json")
-    generation = json.loads(generation_file.read_text()) if generation_file is not None else {}
-
-    def setting(name: str) -> Any:
-        candidates = (
-            generation.get(name),
-            getattr(text, name, None),
-            getattr(model.config, name, None),
-            getattr(load_text_processor(files), name, None),
-        )
-        return next((value for value in candidates if value is not None), None)
-
-    eos = setting("eos_token_id")
-    ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    pad = setting("pad_token_id")
-    if pad is None:
-        pad = ids[0] if ids else 0
+    ids, pad = ending_ids(files, text, model.config)
     decoder, head = model.model.language_model, model.lm_head
     return LanguagePart(
         decoder=decoder,
@@ -213,14 +189,14 @@ def count_parameters(name_or_path: str) -> dict[str, int]:
     Returns:
         ``{"model": ..., "edge": ...}``; tied weights count once.
     """
-    from transformers import LlavaForConditionalGeneration
-
-    config = _config(find_model(name_or_path))
+    config = read_config(find_model(name_or_path))
+    textual = is_textual(config)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = (text_class(config) if textual else _llava())(config)
     model.tie_weights()
-    inner = model.model
-    edge = (inner.vision_tower, inner.multi_modal_projector, inner.language_model.get_input_embeddings())
+    edge = [model.get_input_embeddings()]
+    if not textual:
+        edge += [model.model.vision_tower, model.model.multi_modal_projector]
     return {
         "model": sum(parameter.numel() for parameter in model.parameters()),
         "edge": sum(parameter.numel() for part in edge for parameter in part.parameters()),

@@ -60,9 +60,10 @@ def _processor_template(files: ModelFiles) -> str | None:
     return None
 
 
-def _render(tokenizer: Any, question: str, image: bool) -> str:
-    content: list[dict[str, str]] = [{"type": "image"}] if image else []
-    content.append({"type": "text", "text": question})
+def _render(tokenizer: Any, question: str, image: bool, textual: bool) -> str:
+    content: list[dict[str, str]] | str = question  # templates of text-only models know nothing else
+    if not textual:
+        content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     if tokenizer.chat_template is not None:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -78,7 +79,7 @@ def build_prompt(
 
     Args:
         tokenizer: the model's tokenizer.
-        image_token_id: id of the image placeholder.
+        image_token_id: id of the image placeholder; -1 for a text-only model.
         question: the question, as text.
         answer: the answer to learn, or ``None`` for a prompt to generate from.
         image: whether the sample has an image.
@@ -86,7 +87,7 @@ def build_prompt(
     Raises:
         ModelError: the template yields no placeholder (or several) for an image.
     """
-    text = _render(tokenizer, question, image)
+    text = _render(tokenizer, question, image, image_token_id < 0)
     ids: list[int] = tokenizer(text, add_special_tokens=not _starts_with_bos(tokenizer, text))["input_ids"]
     placeholders = ids.count(image_token_id)
     if placeholders != int(image):

@@ -136,7 +136,7 @@ class FeatureCache:
             self._held -= evicted.nbytes
 
     def _encode(self, missing: dict[str, Path]) -> dict[str, Tensor]:
-        device = next(self._edge.connector.parameters()).device
+        device = next(self._edge.token_embedding.parameters()).device
         result: dict[str, Tensor] = {}
         keys = list(missing)
         for start in range(0, len(keys), self._batch_size):

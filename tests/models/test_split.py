@@ -254,7 +254,7 @@ class TestBadModels:
 
     def test_text_only_model(self, tmp_path: Path) -> None:
         LlamaConfig().save_pretrained(tmp_path)
-        with pytest.raises(ModelError, match="not a multimodal model"):
+        with pytest.raises(ModelError, match="weights are missing"):
             load_edge(str(tmp_path))
 
     def test_missing_weights(self, tmp_path: Path, folders: dict[tuple[str, str], Path]) -> None:
