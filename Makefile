@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint format network slow study-small proto clean help
+.PHONY: demo test lint format network slow fuzz study-small proto clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -29,6 +29,9 @@ network: $(STAMP)  ## Run the tests with real Flower processes
 
 slow: $(STAMP)  ## Run the tests that take minutes each
 	$(BIN)/pytest -m slow --timeout 3600
+
+fuzz: $(STAMP)  ## Give the parsers that face the network a million inputs (an hour or two)
+	FEDNANO_FUZZ=50000 $(BIN)/pytest tests/fuzz --timeout 0 -n 2
 
 study-small: $(STAMP)  ## Compare merge rules over data of different heterogeneity, in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python simulations/study.py --small --jobs 2

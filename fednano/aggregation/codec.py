@@ -87,7 +87,8 @@ class Codec:
                     f"payload of {name} is {payload.dtype} {tuple(payload.shape)}, "
                     f"expected {self.nbytes(shape)} bytes of codec {self.name!r}",
                 )
-            change = torch.from_numpy(self.unpack(payload.contiguous().numpy(), shape))
+            with np.errstate(over="ignore"):  # what is not finite is refused with the update
+                change = torch.from_numpy(self.unpack(payload.contiguous().numpy(), shape))
             out[name] = (current[name].double() + change.double()).to(current[name].dtype)
         return out
 

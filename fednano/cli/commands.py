@@ -14,6 +14,9 @@ from fednano.cli.audit import app as audit_app
 from fednano.cli.bench import app as bench_app
 from fednano.cli.deploy import app as deploy_app
 from fednano.cli.evaluate import app as evaluate_app
+from fednano.cli.nodes import client_app, server_app
+from fednano.cli.nodes import run as run_command
+from fednano.cli.nodes import status as status_command
 from fednano.cli.options import settings_options
 from fednano.cli.unlearn import app as unlearn_app
 from fednano.errors import ConfigError
@@ -27,6 +30,10 @@ app = typer.Typer(
 )
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench_app, name="bench")
+app.add_typer(client_app, name="client")
+app.add_typer(server_app, name="server")
+app.command("run")(settings_options(run_command))
+app.command("status")(status_command)
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(unlearn_app, name="unlearn")

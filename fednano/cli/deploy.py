@@ -150,3 +150,23 @@ def _node_config(data: str, partition: str) -> dict[str, str | int]:
     if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
         raise ConfigError(f"--partition is {partition!r}; expected K/N, such as 0/3.")
     return {"partition-id": int(part), "num-partitions": int(count)}
+
+
+@app.command()
+def render(
+    kind: Annotated[str, typer.Argument(metavar="FORMAT", help="'systemd', 'compose' or 'kubernetes'.")],
+    plan: Annotated[Path, typer.Argument(help="The federation.toml.")] = Path("federation.toml"),
+    federation: Folder = _HERE,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; printed without it.")] = None,
+) -> None:
+    """Write unit files that start the server and the sites with the machine."""
+    from fednano.deploy.plan import Plan
+    from fednano.deploy.render import render as make
+
+    for name, text in make(Plan.read(plan), kind, federation).items():
+        if out is None:
+            typer.echo(f"# {name}\n{text}")
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+        typer.echo(out / name)

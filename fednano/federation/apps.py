@@ -1,18 +1,22 @@
-"""The two Flower apps. Everything they do lies in :mod:`server` and :mod:`client_task`."""
+"""The two Flower apps. Everything they do lies in :mod:`server` and :mod:`client_task`.
+
+Importing this loads no torch: at a site with a warm worker, Flower's processes pass messages on and end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fednano.federation.config import RunConfig
-from fednano.federation.exchange import Stop
-from fednano.federation.messages import Instruction, Reply
-from fednano.runs import RunView
+
+if TYPE_CHECKING:
+    from fednano.federation.exchange import Stop
+    from fednano.runs import RunView
 
 __all__ = ["client_app", "make_server_app"]
 
@@ -20,55 +24,46 @@ client_app = ClientApp()
 """The client's app: the same object under SuperNodes, in Flower's simulation and in this process."""
 
 
-def _answer(
-    task: Callable[[Instruction, Mapping[str, Any]], Reply], message: Message, context: Context
-) -> Message:
-    from fednano.federation.client_task import perform
+def _answer(task: str, message: Message, context: Context) -> Message:
+    """Perform a task here, or in the site's warm worker where its node configuration names one."""
+    node = dict(context.node_config)
+    if worker := str(node.get("worker", "")):
+        from fednano.federation.warm import forward
 
-    instruction = Instruction.from_records(message.content)
-    return Message(perform(task, instruction, dict(context.node_config)).to_records(), reply_to=message)
+        return Message(forward(worker, task, message.content, node), reply_to=message)
+    from fednano.federation.tasks import carry_out
+
+    return Message(carry_out(task, message.content, node), reply_to=message)
 
 
 @client_app.query("hello")
 def _hello(message: Message, context: Context) -> Message:
-    from fednano.federation.client_task import hello
-
-    return _answer(hello, message, context)
+    return _answer("hello", message, context)
 
 
 @client_app.query("gather")
 def _gather(message: Message, context: Context) -> Message:
-    from fednano.federation.client_task import gather
-
-    return _answer(gather, message, context)
+    return _answer("gather", message, context)
 
 
 @client_app.query("install")
 def _install(message: Message, context: Context) -> Message:
-    from fednano.federation.client_task import install
-
-    return _answer(install, message, context)
+    return _answer("install", message, context)
 
 
 @client_app.query("secure")
 def _secure(message: Message, context: Context) -> Message:
-    from fednano.federation.client_task import secure
-
-    return _answer(secure, message, context)
+    return _answer("secure", message, context)
 
 
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
-    from fednano.federation.client_task import train
-
-    return _answer(train, message, context)
+    return _answer("train", message, context)
 
 
 @client_app.evaluate()
 def _evaluate(message: Message, context: Context) -> Message:
-    from fednano.federation.client_task import evaluate
-
-    return _answer(evaluate, message, context)
+    return _answer("evaluate", message, context)
 
 
 def make_server_app(

@@ -10,8 +10,9 @@ import json
 import platform
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fednano.data import BadRow, Dataset, Sample
-from fednano.errors import ConfigError, DataError, FednanoError
+from fednano.errors import ConfigError, DataError
 from fednano.evaluation import exact_match
 from fednano.federation.baselines import build_rule
 from fednano.federation.client_state import state_of
@@ -46,7 +47,7 @@ from fednano.host import RemoteLLM
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.runs.tombstones import Tombstones
-from fednano.security.place import Credentials, SiteBundle
+from fednano.security.place import Credentials
 from fednano.training.answers import generate_answers
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
@@ -59,7 +60,6 @@ __all__ = [
     "gather",
     "hello",
     "install",
-    "perform",
     "secure",
     "site_name",
     "train",
@@ -126,6 +126,9 @@ class Worker:
 
     credentials: Credentials | None = None
     """What this site shows the language host, and whom it believes; a simulated client has none."""
+
+    began = 0.0
+    """When Flower's process for the request at hand began, seconds since 1970; 0 = not known."""
 
     def __init__(self, config: RunConfig) -> None:
         use_threads(config)
@@ -295,6 +298,7 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     llm = worker.llm(instruction.ticket)
     before = _wire(llm)
     encoded = worker.features.encoded
+    ready = time.time() - Worker.began if Worker.began else 0.0
     done = contribute(
         worker,
         instruction,
@@ -311,6 +315,7 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         "samples": done.outcome.samples,
         "steps": done.outcome.steps,
         "seconds": done.outcome.seconds,
+        "start": ready,
         "encoded": worker.features.encoded - encoded,
         "step-sent": after[0] - before[0],
         "step-received": after[1] - before[1],
@@ -381,24 +386,6 @@ def evaluate(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     right = sum(exact_match(a, s.answer) for a, s in zip(answers, share.held_out, strict=True))
     metrics = {"accuracy": right / len(answers), "samples": len(answers)}
     return Reply(name, instruction.round, metrics, {})
-
-
-def perform(
-    task: Callable[[Instruction, Mapping[str, Any]], Reply], instruction: Instruction, node: Mapping[str, Any]
-) -> Reply:
-    """Run a task; an error a user can understand becomes the reply instead of a crash of the client's process."""
-    try:
-        Worker.forgotten = instruction.tombstones
-        bundle = str(node.get("bundle", ""))
-        Worker.credentials = SiteBundle(Path(bundle)).credentials if bundle else None
-        reply = task(instruction, node)
-        return replace(reply, facts={**reply.facts, "tombstones": instruction.tombstones.digest})
-    except FednanoError as error:
-        try:
-            name = site_name(node)
-        except ConfigError:
-            name = "unnamed"
-        return Reply.failed(name, instruction.round, error)
 
 
 def _wire(llm: LanguageModel) -> tuple[int, int, int]:

@@ -54,6 +54,8 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
         if "loss" in metrics:  # secure aggregation shows the server the sum over all clients only
             record |= {"loss": metrics["loss"], "samples": int(metrics["samples"])}
         record["encoded"] = int(metrics.get("encoded", 0))
+        if metrics.get("start"):
+            record["start_seconds"] = metrics["start"]
     else:
         record["refused"] = reason
         fed.folder.append_event("warning", f"{phase}, round {number}, {delivery.client}: {reason}")

@@ -253,7 +253,7 @@ class Reply:
                 for name, value in content.metric_records["metrics"].items()
                 if isinstance(value, (int, float))
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UpdateRefused(f"the reply lacks what every reply has ({error}).") from error
         failure = Failure(str(head["error-kind"]), str(head["error"])) if "error" in head else None
         arrays = content.array_records

@@ -15,7 +15,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fednano.errors import ConfigError
-from fednano.runs.atomic import read_json, write_json
+from fednano.runs.atomic import read_json, write_bytes, write_json
 from fednano.security.audit import AuditLog, Auditor, locked
 from fednano.security.keys import NAME, load_public, load_signer, read_private
 from fednano.security.tokens import Allowance, RunToken, sign_token
@@ -161,9 +163,8 @@ class ServerPlace:
         return raw
 
     def activate(self, run: str) -> None:
-        """From now on tokens of a run are good."""
-        self._active(run).parent.mkdir(exist_ok=True)
-        self._active(run).write_bytes(b"")
+        """From now on tokens of a run are good; notes this process as the run's."""
+        write_bytes(self._active(run), str(os.getpid()).encode())
 
     def deactivate(self, run: str) -> None:
         """From now on tokens of a run are good no more."""
@@ -172,6 +173,14 @@ class ServerPlace:
     def is_active(self, run: str) -> bool:
         """Whether tokens of a run are good."""
         return self._active(run).exists()
+
+    def active(self) -> dict[str, int]:
+        """The runs whose tokens are good, and the processes that they run in."""
+        found = {}
+        for path in (self.root / "active").glob("[A-Za-z0-9]*"):
+            with contextlib.suppress(OSError, ValueError):
+                found[path.name] = int(path.read_bytes())
+        return found
 
     def _active(self, run: str) -> Path:
         if not NAME.fullmatch(run):

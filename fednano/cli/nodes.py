@@ -1,0 +1,113 @@
+"""`fednano server`, `client`, `run` and `status`: a federation at work."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fednano.errors import ConfigError, RunError
+
+__all__ = ["client_app", "run", "server_app", "status"]
+
+server_app = typer.Typer(
+    no_args_is_help=True, help="The server of a federation of institutions.", rich_markup_mode=None
+)
+client_app = typer.Typer(
+    no_args_is_help=True, help="A site of a federation of institutions.", rich_markup_mode=None
+)
+
+Server = Annotated[Path, typer.Option("--server", help="Folder of the server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_HERE = Path("federation/server")
+_PATIENCE_S = 30.0
+
+
+@server_app.callback()
+@client_app.callback()
+def _group() -> None:
+    pass
+
+
+@server_app.command("up")
+def server_up_(server: Server = _HERE) -> None:
+    """Run SuperLink, gateway and language host until Ctrl-C or SIGTERM; what crashes is started again."""
+    from fednano.deploy.server import server_up
+
+    server_up(server)
+
+
+@client_app.command("up")
+def client_up_(
+    bundle: Annotated[Path, typer.Option(help="Folder with this site's keys and certificate.")],
+) -> None:
+    """Run this site's SuperNode until Ctrl-C or SIGTERM; if it crashes it is started again."""
+    from fednano.deploy.client import client_up
+
+    client_up(bundle)
+
+
+def run(
+    *, server: Server = _HERE, wait: bool = True, as_json: AsJson = False, settings: dict[str, Any]
+) -> None:
+    """Start a run among the enrolled sites, on a server that is up; resumed by itself after a crash."""
+    from fednano.deploy.node import read_status
+    from fednano.deploy.orders import Orders
+    from fednano.security.place import ServerPlace
+
+    place = ServerPlace(server)
+    orders = Orders(place)
+    order = orders.submit({name.replace("_", "-"): value for name, value in settings.items()})
+    if not as_json:
+        typer.echo(f"ordered {order.id}")
+    shown, seen = 0, time.monotonic()
+    while wait and order.state in ("waiting", "running"):
+        if read_status(place.root / "state") is not None:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _PATIENCE_S:  # it may be starting
+            raise ConfigError(
+                f"the order is kept, but no server is up in {server}. Start it: fednano server up --server {server}"
+            )
+        time.sleep(1)
+        order = orders.get(order.id)
+        if order.run and not as_json:
+            lines = _progress(orders.runs / order.run)
+            for line in lines[shown:]:
+                typer.echo(line)
+            shown = max(shown, len(lines))
+    if as_json:
+        summary = orders.runs / order.run / "summary.json"
+        done = json.loads(summary.read_text()) if order.state == "done" else None
+        typer.echo(json.dumps({"order": order.id, "state": order.state, "run": order.run, "summary": done}))
+    elif order.state == "done":
+        typer.echo(f"{orders.runs / order.run}")
+    if order.state == "failed":
+        raise RunError(f"the run failed: {order.note}")
+
+
+def status(
+    *,
+    server: Server = _HERE,
+    bundle: Annotated[Path | None, typer.Option(help="At a site: its bundle.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what runs: nodes, run and round, host load, jobs. Exit code 5 when nothing is up."""
+    from fednano.deploy.status import gather, lines
+
+    found = gather(bundle if bundle is not None else server, site=bundle is not None)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(lines(found)))
+    if not found["up"]:
+        raise typer.Exit(5)
+
+
+def _progress(folder: Path) -> list[str]:
+    """A run's rounds so far, a line each."""
+    from fednano.deploy.status import rounds
+
+    return [
+        "  ".join(f"{name} {value}" for name, value in each.items() if value is not None)
+        for each in rounds(folder)
+    ]
