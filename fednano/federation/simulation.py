@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fednano.errors import FednanoError
+from fednano.errors import ConfigError, FednanoError
 from fednano.federation.apps import client_app, make_server_app
 from fednano.federation.config import RunConfig, check_backend
 from fednano.federation.exchange import Stop
@@ -39,6 +39,11 @@ def simulate(
         Interrupted: Ctrl-C; the run folder keeps what was done.
     """
     check_backend(backend)
+    if config.server_dir:
+        raise ConfigError(
+            f"server-dir is {config.server_dir!r}: simulated clients are not enrolled there. Leave it out, or start "
+            "the run with: fednano run"
+        )
     if config.resume:  # as many clients as the run had, on machines like its own
         before = config_of(RunFolder.open(config.resume, root=config.runs_dir))
         config = config.changed(clients=before.clients, device=before.device, threads=before.threads)

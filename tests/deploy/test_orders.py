@@ -171,3 +171,10 @@ def test_flowers_refusal_is_kept(made: Made, monkeypatch: pytest.MonkeyPatch) ->
     orders.tend({}, fresh=False)
     assert (current(orders).state, current(orders).note) == ("waiting", "Error: no SuperLink there")
     assert json.loads(json.dumps(current(orders).settings))["clients"] == 2
+
+
+def test_a_simulation_does_not_run_on_a_servers_folder(made: Made) -> None:
+    from fednano.federation.simulation import simulate
+
+    with pytest.raises(ConfigError, match="not enrolled there"):
+        simulate(RunConfig(server_dir=str(made.place.root)))
