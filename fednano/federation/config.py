@@ -155,7 +155,8 @@ class RunConfig:
     exchange: str = _setting(
         "full",
         "what a step carries: 'full', embeddings and their gradients; 'factored', low-rank parts of samples that the "
-        "host keeps (adapters without such parts stay with full)",
+        "host keeps (adapters without such parts stay with full); 'label-private', as full, but labels and head stay "
+        "with the client",
     )
     host_batch_tokens: int = _setting(
         0,
@@ -357,7 +358,7 @@ _CHOICES = {
     "keep": ("last", "best"),
     "codec": ("fp32", "bf16", "fp16", "int8", "int4", "sign", "topk", "dct"),
     "placement": ("split", "local"),
-    "exchange": ("full", "factored"),
+    "exchange": ("full", "factored", "label-private"),
     "wire_dtype": ("float32", "bfloat16", "float16", "int8"),
 }
 

@@ -18,7 +18,7 @@ from fednano.federation.messages import HostTicket
 from fednano.host import RemoteLLM
 from fednano.models.edge import EdgePart, NanoEdge
 from fednano.models.language import LanguageModel
-from fednano.models.load import load_edge
+from fednano.models.load import load_edge, load_head
 from fednano.security.place import Credentials
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def connect(config: RunConfig, ticket: HostTicket, own: Credentials | None = Non
 
         yield LocalLLM(load_language(config.model, device=config.device))
         return
+    head = load_head(config.model, device=config.device) if config.exchange == "label-private" else None
     with RemoteLLM(
         ticket.address,
         token=ticket.token or None,
@@ -123,6 +124,7 @@ def connect(config: RunConfig, ticket: HostTicket, own: Credentials | None = Non
         insecure=own is None and not ticket.root_certificates,
         wire_dtype=getattr(torch, config.wire_dtype),
         factored=config.exchange == "factored",
+        head=head,
         retry_seconds=config.host_retry,
     ) as llm:
         if ticket.fingerprint and llm.describe().fingerprint != ticket.fingerprint:

@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         default=2 << 30,
         help="memory for samples of the factored exchange (%(default)s)",
     )
+    add(
+        "--keep-graphs",
+        type=int,
+        default=8,
+        help="label-private steps that wait with their graphs; others are computed again (%(default)s)",
+    )
     add("--keep-disk-bytes", type=int, default=0, help="temporary files for more of them (%(default)s)")
     add("--tls-cert", type=Path, metavar="PEM", help="certificate chain of this host")
     add("--tls-key", type=Path, metavar="PEM", help="its private key")
@@ -224,6 +230,7 @@ async def _serve(
         batch_tokens=_batch_tokens(options),
         linger_seconds=_linger_seconds(options),
         kept=KeptSamples(options.keep_bytes, options.keep_disk_bytes),
+        keep_graphs=options.keep_graphs,
     )
     with ExitStack() as stack:
         metrics = ""

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.host.channel import ClientTLS, HostChannel, Retry
@@ -21,6 +21,7 @@ from fednano.host.factored_client import FactoredExchange
 from fednano.host.factored_codec import kept_dtype
 from fednano.host.limits import HostInfo
 from fednano.host.names import CHUNK_BYTES
+from fednano.host.private_client import PrivateRequests
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.requests import Requests, host_info, split_batch
 from fednano.host.wire import Meter, Wire
@@ -51,6 +52,8 @@ class RemoteLLM:
             token; ``None`` takes that of the embeddings (float32 for float64). A narrower type rounds both.
         factored: let the training loop use the factored exchange where the adapters allow it, see
             `fednano.models.factored`.
+        head: the model's own head; with it labels and logits stay here, and steps are label-private: hidden states of
+            the labelled positions come down, their gradient goes up.
         chunk_bytes: size of the pieces in which tensors are sent.
 
     Raises:
@@ -70,6 +73,7 @@ class RemoteLLM:
         retry_seconds: float = 60.0,
         wire_dtype: torch.dtype | None = None,
         factored: bool = False,
+        head: nn.Module | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         if factored and wire_dtype is not None:
@@ -95,9 +99,12 @@ class RemoteLLM:
             "retry_seconds": retry_seconds,
             "wire_dtype": wire_dtype,
             "factored": factored,
+            "head": head,
             "chunk_bytes": chunk_bytes,
         }
-        self.wants_factored = factored
+        if factored and head is not None:
+            raise ConfigError("factored and head exclude each other: a step is factored or label-private")
+        self.wants_factored, self._head = factored, head
         self._factored: FactoredExchange | None = None
         self._wire_dtype, self._chunk_bytes = wire_dtype, chunk_bytes
         self._meter = Meter()
@@ -265,6 +272,8 @@ class RemoteLLM:
         return torch.cat(answers)
 
     def _requests(self, info: HostInfo) -> Requests:
+        if self._head is not None:
+            return PrivateRequests(self._channel, info, self._chunk_bytes, self._head)
         return Requests(self._channel, info, self._chunk_bytes)
 
     def _dtype(self, embeds: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.models.language import Generation, LocalLLM
 from fednano.models.language_inputs import IGNORE
 
-__all__ = ["begin_generation", "step_job"]
+__all__ = ["begin_generation", "step_job", "unpack"]
 
 
 def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> Job:
@@ -28,7 +28,7 @@ def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> J
         ConfigError: unknown objective.
     """
     packed = header.embeds
-    x, mask = _unpack(packed, buffer, llm.device)
+    x, mask = unpack(packed, buffer, llm.device)
     size = sum(packed.lengths) * LABEL_BYTES
     labels = torch.full(mask.shape, IGNORE)
     labels[mask] = codec.decode_labels(buffer.take(size, offset=len(buffer) - size))
@@ -54,10 +54,10 @@ def begin_generation(llm: LocalLLM, header: pb.GenerateHeader, buffer: codec.Ass
     Raises:
         HostRefused: the numbers are not acceptable.
     """
-    return Generation(llm, *_unpack(header.embeds, buffer, llm.device), header.max_new_tokens)
+    return Generation(llm, *unpack(header.embeds, buffer, llm.device), header.max_new_tokens)
 
 
-def _unpack(packed: pb.Packed, buffer: codec.Assembler, device: torch.device) -> tuple[Tensor, Tensor]:
+def unpack(packed: pb.Packed, buffer: codec.Assembler, device: torch.device) -> tuple[Tensor, Tensor]:
     """Embeddings ``(B, L, d)`` on ``device``, zeros as padding, and mask ``(B, L)`` on the CPU."""
     dtype = codec.wire_dtype(packed.dtype)
     nbytes = sum(packed.lengths) * codec.row_bytes(dtype, packed.hidden_size)

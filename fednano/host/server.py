@@ -56,6 +56,7 @@ class HostServer:
         batch_tokens: most tokens of a batch of several clients' steps; 0 computes each request alone, see
             `fednano.host.batching.StepBatcher`.
         linger_seconds: longest wait of a step for company, see there.
+        keep_graphs: label-private steps that wait with their graphs, see `fednano.host.private_compute.Graphs`.
 
     Raises:
         ConfigError: a bad number, or an address that other machines can reach without TLS.
@@ -74,6 +75,7 @@ class HostServer:
         batch_tokens: int = 0,
         linger_seconds: float = 0.0,
         kept: KeptSamples | None = None,
+        keep_graphs: int = 8,
     ) -> None:
         self._listen, self._security, self._limits = (
             listen,
@@ -99,6 +101,7 @@ class HostServer:
             batch_tokens=batch_tokens,
             linger_seconds=linger_seconds,
             kept=self._kept,
+            keep_graphs=keep_graphs,
         )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -181,6 +184,7 @@ def serve(
     batch_tokens: int = 0,
     linger_seconds: float = 0.0,
     kept: KeptSamples | None = None,
+    keep_graphs: int = 8,
     grace: float = 10.0,
 ) -> Iterator[RunningHost]:
     """Run a host on a thread for the length of a ``with`` block. Arguments and errors as for `HostServer`.
@@ -199,6 +203,7 @@ def serve(
         batch_tokens=batch_tokens,
         linger_seconds=linger_seconds,
         kept=kept,
+        keep_graphs=keep_graphs,
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="language-host-loop")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
@@ -19,9 +19,11 @@ from fednano.host.factored_codec import parts_bytes
 from fednano.host.factored_compute import factored_job, stream_counts, unpack_kept
 from fednano.host.jobs import Reply
 from fednano.host.kept import KeptSample, KeptSamples
+from fednano.host.lane import Lane
 from fednano.host.limits import HostLimits
 from fednano.host.names import CHUNK_BYTES, LABEL_BYTES
 from fednano.host.pool import ComputePool
+from fednano.host.private_compute import Graphs, PrivateStep, check_labelled
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import TokenVerifier
@@ -31,6 +33,8 @@ from fednano.models.language import LocalLLM
 __all__ = ["LanguageHost"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
@@ -46,6 +50,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         batch_tokens: see `fednano.host.batching.StepBatcher`.
         linger_seconds: likewise.
         kept: keeps the samples of the factored exchange.
+        keep_graphs: how many label-private steps wait for their gradients with their graphs; others are computed again.
     """
 
     def __init__(
@@ -60,10 +65,12 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         batch_tokens: int = 0,
         linger_seconds: float = 0.0,
         kept: KeptSamples | None = None,
+        keep_graphs: int = 8,
     ) -> None:
         self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens, linger_seconds=linger_seconds)
         Calls.__init__(self, limits, stats, verifier, locked=llm.device.type == "cuda")
         self._llm, self._pool, self._chunk_bytes = llm, pool, chunk_bytes
+        self._graphs, self._lane = Graphs(keep_graphs), Lane(llm.device)
         self._kept = kept if kept is not None else KeptSamples()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:  # noqa: N802
@@ -112,6 +119,55 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                 )
                 await self._reply(context, "step", await self._steps.run(ask, trace.peer))
             self._count(trace, header.embeds.lengths)
+
+    async def PrivateStep(self, request: Any, context: Context) -> None:  # noqa: N802
+        """One training step whose labels stay with the client."""
+        async with self._call(context, "private_step") as trace:
+            header = await self._header(context, trace)
+            body, packed = self._sizes(header), header.embeds
+            check_labelled(header.labelled, packed.lengths)
+            row = codec.row_bytes(codec.wire_dtype(packed.dtype), packed.hidden_size)
+            async with self._admitted(trace, body + len(header.labelled) * row):
+                buffer = await self._receive(context, "private_step", body)
+                step = await self._work(lambda: PrivateStep(self._llm, header, buffer))
+                try:
+                    keep = header.want_gradient and self._graphs.open
+                    hidden, data = await self._work(lambda: step.forward(keep=keep))
+                    if keep:
+                        self._graphs.add(step.step)
+                    await self._send(context, "private_step", pb.PrivateReply(hidden=hidden))
+                    await self._chunks(context, data)
+                    if header.want_gradient:
+                        back = await self._next(context, "private_step")
+                        if back is None or back.WhichOneof("frame") != "gradient":
+                            raise HostRefused("private step: expected the header of a gradient")
+                        if (back.gradient.hidden_size, back.gradient.dtype) != (
+                            packed.hidden_size,
+                            packed.dtype,
+                        ):
+                            raise HostRefused("gradient: expected the width and type of the embeddings")
+                        own = await self._receive(context, "private_step", len(header.labelled) * row)
+                        self._graphs.remove(step.step)
+                        gradient, data = await self._work(lambda: step.backward(back.gradient, own))
+                        self._stats.add("private_step_replayed", step.step.replayed)
+                        await self._send(context, "private_step", pb.PrivateReply(gradient=gradient))
+                        await self._chunks(context, data)
+                finally:
+                    self._graphs.remove(step.step)
+            self._count(trace, packed.lengths)
+
+    async def _chunks(self, context: Context, data: memoryview) -> None:
+        for chunk in codec.chunks([data], self._chunk_bytes):
+            await self._send(context, "private_step", pb.PrivateReply(chunk=chunk))
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """Run on a worker what the device computes, and wait until it has."""
+
+        def job() -> T:
+            with self._lane.computing():
+                return work()
+
+        return await self._pool.run(job)
 
     async def Keep(self, request: Any, context: Context) -> None:  # noqa: N802
         """Keep the frozen parts of samples for later steps."""
@@ -211,7 +267,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
 
     def _sizes(
         self,
-        header: pb.StepHeader | pb.GenerateHeader | pb.KeepHeader,
+        header: pb.StepHeader | pb.GenerateHeader | pb.KeepHeader | pb.PrivateHeader,
         *,
         per_token: int = 0,
         new_tokens: int = 0,

@@ -65,7 +65,13 @@ class Wire:
         return self.total.samples
 
 
-_KINDS = {"step": "step", "factoredstep": "step", "keep": "step", "generate": "generate"}
+_KINDS = {
+    "step": "step",
+    "factoredstep": "step",
+    "privatestep": "step",
+    "keep": "step",
+    "generate": "generate",
+}
 """What a call counts as. Keeping a sample is part of what its steps cost."""
 
 

@@ -24,7 +24,7 @@ from fednano.models.prompt import load_text_processor
 from fednano.models.quiet import quiet
 from fednano.models.textual import is_textual, load_text_edge, load_text_language, text_class
 
-__all__ = ["count_parameters", "load_edge", "load_language", "load_whole", "split_model"]
+__all__ = ["count_parameters", "load_edge", "load_head", "load_language", "load_whole", "split_model"]
 
 _EDGE_KEYS = ("vision_tower.", "multi_modal_projector.", "embed_tokens.")
 _LANGUAGE_KEYS = ("language_model.", "lm_head.")
@@ -108,6 +108,27 @@ def load_language(
     model.model.language_model.to(device)
     model.lm_head.to(device)
     return _language_part(model, files)
+
+
+def load_head(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """Load the head alone, for clients that keep their labels; the token table in its place where the two are tied.
+
+    Args and errors as for :func:`load_edge`.
+    """
+    files = find_model(name_or_path)
+    config = copy.deepcopy(read_config(files))
+    cls = text_class(config) if is_textual(config) else _llava()
+    for part in (config,) if is_textual(config) else (config.text_config, config.vision_config):
+        without_layers(part)
+    with torch.device("meta"):
+        bare = cls(config)
+    bare.tie_weights()
+    head, table = bare.get_output_embeddings(), bare.get_input_embeddings()
+    source = table if head.weight is table.weight else head
+    leaf = next(name for name, module in bare.named_modules() if module is source).rpartition(".")[2]
+    model = build(files, cls, config, _among((f"{leaf}.",)), dtype)
+    found: nn.Module = model.get_output_embeddings().to(device)
+    return found
 
 
 def load_whole(name_or_path: str) -> Any:

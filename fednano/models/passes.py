@@ -22,7 +22,7 @@ from fednano.models.memory import Cost, DeviceMemory, Memory, Part, plan, smalle
 if TYPE_CHECKING:
     from fednano.models.language import LanguagePart
 
-__all__ = ["Passes"]
+__all__ = ["Passes", "sample_losses"]
 
 _WARM_TOKENS = 512
 
@@ -69,7 +69,7 @@ class Passes:
         """
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
         lengths = mask.sum(1).tolist()
-        parts = self._parts(lengths)
+        parts = self.parts(lengths)
         while (done := self._try(parts, embeds, mask, labels, objective, want_gradient)) is None:
             # The plan was wrong, or others took the memory meanwhile.
             parts = smaller(parts, len(lengths), len(self._blocks))
@@ -109,7 +109,7 @@ class Passes:
         kept = run(2, tokens, len(self._blocks)) if len(self._blocks) else double
         self._cost = Cost.fit(single, double, kept)
 
-    def _parts(self, lengths: list[int]) -> list[Part]:
+    def parts(self, lengths: list[int]) -> list[Part]:
         """How to cut a batch."""
         if self._memory is None or self._cost is None:
             return [Part(slice(0, len(lengths)))]
@@ -121,34 +121,58 @@ class Passes:
         """Losses and gradient of some of a batch's samples, outside of any graph."""
         layout = lay_out(mask[part.rows], labels[part.rows])
         rows = embeds.detach()[part.rows].requires_grad_(want_gradient)
-        with torch.set_grad_enabled(want_gradient), self._blocks.checkpointed(part.checkpoints):
-            losses = self._losses(rows, layout, objective)
+        with torch.set_grad_enabled(want_gradient):
+            losses = self._losses(rows, layout, objective, part.checkpoints)
             return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
 
-    def _losses(self, embeds: Tensor, layout: Layout, objective: str) -> Tensor:
+    def _losses(self, embeds: Tensor, layout: Layout, objective: str, checkpoints: int) -> Tensor:
         """Losses ``(B,)`` on the model's device, as a graph over ``embeds`` ``(B, T, d)``."""
+        targets = layout.targets.to(self.device, non_blocking=True)
+        hidden = self.states(embeds, layout, checkpoints)
+        return sample_losses(self._part.head, hidden, targets, layout.counts, objective)
+
+    def states(self, embeds: Tensor, layout: Layout, checkpoints: int = 0) -> Tensor:
+        """Hidden states ``(N, d)`` that predict the layout's labels, as a graph over ``embeds`` ``(B, T, d)``."""
         x = layout.align(embeds.to(self.device, self.dtype))  # (B, L, d)
         chosen = layout.chosen.to(self.device, non_blocking=True)
-        targets = layout.targets.to(self.device, non_blocking=True)
         positions = torch.arange(x.shape[1], device=self.device).unsqueeze(0)
-        with self.turn:
+        with self.turn, self._blocks.checkpointed(checkpoints):
             out = self._part.decoder(
                 inputs_embeds=x, attention_mask=None, position_ids=positions, use_cache=False
             )
-        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, chosen)  # (N, d)
-        tokens = self._token_losses(hidden, targets, objective)  # (N,)
-        # Sample by sample rather than by a scatter: the order of the sum is that of the lone sample.
-        return torch.stack([t.mean() for t in torch.split(tokens, layout.counts)])
+        hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, chosen)
+        return hidden
 
-    def _token_losses(self, hidden: Tensor, labels: Tensor, objective: str) -> Tensor:
-        """Loss ``(N,)`` of each label ``(N,)`` predicted from ``hidden`` ``(N, d)``; logits never whole on a GPU."""
-        from fednano.training.objectives import get_objective
 
-        head, kernels = self._part.head, kernels_for(hidden)
-        plain = type(head) is nn.Linear and head.bias is None
-        if kernels is None or not plain or objective not in kernels.OBJECTIVES or objective == "npo":
-            return get_objective(objective)(head(hidden), labels)
-        losses: Tensor = kernels.linear_token_loss(
-            hidden, head.weight, labels, objective, labelled_rows=len(labels)
-        )
-        return losses
+def sample_losses(
+    head: nn.Module, hidden: Tensor, labels: Tensor, counts: list[int], objective: str
+) -> Tensor:
+    """Loss ``(B,)`` of each sample: the mean over its tokens.
+
+    Args:
+        head: maps hidden states to logits.
+        hidden: ``(N, d)``, sample by sample.
+        labels: ``(N,)`` that they predict.
+        counts: how many each sample has, summing to N.
+        objective: name of the token loss.
+
+    Raises:
+        ConfigError: unknown objective.
+    """
+    tokens = _token_losses(head, hidden, labels, objective)
+    # Sample by sample rather than by a scatter: the order of the sum is that of the lone sample.
+    return torch.stack([t.mean() for t in torch.split(tokens, counts)])
+
+
+def _token_losses(head: nn.Module, hidden: Tensor, labels: Tensor, objective: str) -> Tensor:
+    """Loss ``(N,)`` of each label ``(N,)`` predicted from ``hidden`` ``(N, d)``; logits never whole on a GPU."""
+    from fednano.training.objectives import get_objective
+
+    kernels = kernels_for(hidden)
+    plain = type(head) is nn.Linear and head.bias is None
+    if kernels is None or not plain or objective not in kernels.OBJECTIVES or objective == "npo":
+        return get_objective(objective)(head(hidden), labels)
+    losses: Tensor = kernels.linear_token_loss(
+        hidden, head.weight, labels, objective, labelled_rows=len(labels)
+    )
+    return losses

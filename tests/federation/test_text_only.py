@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fednano.errors import ModelError
@@ -68,3 +69,12 @@ def test_a_text_only_model_is_tuned_and_a_host_changes_no_bit(words: dict[str, A
         ModelError, match="is text-only; its adapter can be exported with --format safetensors"
     ):
         export_run(str(run), "peft", runs_dir=Path(words["runs_dir"]))
+
+
+def test_labels_that_stay_at_the_clients_change_nothing(words: dict[str, Any]) -> None:
+    tuned = []
+    for exchange in ("full", "label-private"):
+        run = simulate(RunConfig(**words, exchange=exchange), backend="inprocess", view=make_view("quiet"))
+        tuned.append(load_file(run / "adapter.safetensors"))
+    for name, tensor in tuned[0].items():
+        torch.testing.assert_close(tuned[1][name], tensor, rtol=1e-4, atol=1e-6)

@@ -180,6 +180,40 @@ class FactoredHeader(_message.Message):
     weights: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., objective: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., dtype: _Optional[_Union[DType, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class PrivateRequest(_message.Message):
+    __slots__ = ("header", "chunk", "gradient")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    header: PrivateHeader
+    chunk: bytes
+    gradient: Packed
+    def __init__(self, header: _Optional[_Union[PrivateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
+
+class PrivateHeader(_message.Message):
+    __slots__ = ("request_id", "fingerprint", "embeds", "labelled", "want_gradient")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EMBEDS_FIELD_NUMBER: _ClassVar[int]
+    LABELLED_FIELD_NUMBER: _ClassVar[int]
+    WANT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    fingerprint: str
+    embeds: Packed
+    labelled: _containers.RepeatedScalarFieldContainer[int]
+    want_gradient: bool
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., embeds: _Optional[_Union[Packed, _Mapping]] = ..., labelled: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ...) -> None: ...
+
+class PrivateReply(_message.Message):
+    __slots__ = ("hidden", "chunk", "gradient")
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    hidden: Packed
+    chunk: bytes
+    gradient: Packed
+    def __init__(self, hidden: _Optional[_Union[Packed, _Mapping]] = ..., chunk: _Optional[bytes] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("header", "chunk")
     HEADER_FIELD_NUMBER: _ClassVar[int]

@@ -60,6 +60,11 @@ class LanguageHostStub:
                 request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.FactoredRequest.SerializeToString,
                 response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
                 _registered_method=True)
+        self.PrivateStep = channel.stream_stream(
+                '/fednano.host.v1.LanguageHost/PrivateStep',
+                request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateRequest.SerializeToString,
+                response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateReply.FromString,
+                _registered_method=True)
         self.Generate = channel.stream_stream(
                 '/fednano.host.v1.LanguageHost/Generate',
                 request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.GenerateRequest.SerializeToString,
@@ -107,6 +112,15 @@ class LanguageHostServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrivateStep(self, request_iterator, context):
+        """One training step whose labels and head stay with the client: embeddings up, hidden states of the labelled
+        positions down, their gradient up, the gradient of the embeddings down. All on one stream, so that nothing is left
+        behind when it ends, and the whole may be sent again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Generate(self, request_iterator, context):
         """Greedy answers. One reply per new token; with `client_embeds` the client answers each with its embeddings.
         """
@@ -141,6 +155,11 @@ def add_LanguageHostServicer_to_server(servicer, server):
                     servicer.FactoredStep,
                     request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.FactoredRequest.FromString,
                     response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.SerializeToString,
+            ),
+            'PrivateStep': grpc.stream_stream_rpc_method_handler(
+                    servicer.PrivateStep,
+                    request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateRequest.FromString,
+                    response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateReply.SerializeToString,
             ),
             'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
@@ -283,6 +302,33 @@ class LanguageHost:
             '/fednano.host.v1.LanguageHost/FactoredStep',
             fednano_dot_host_dot_proto_dot_language__host__pb2.FactoredRequest.SerializeToString,
             fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrivateStep(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fednano.host.v1.LanguageHost/PrivateStep',
+            fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateRequest.SerializeToString,
+            fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateReply.FromString,
             options,
             channel_credentials,
             insecure,
