@@ -191,7 +191,7 @@ def whole_path(bench: Bench) -> None:
 
 def wire(bench: Bench) -> None:
     """Bytes of each exchange."""
-    bench.add(*host_wire.exchanges(bench.shape, bench.connect))
+    bench.add(*host_wire.exchanges(bench.shape, bench.connect, bench.model.lm_head))
 
 
 def client(bench: Bench) -> None:

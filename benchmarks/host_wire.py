@@ -38,12 +38,13 @@ def factored_batch(shape: Shape, streams: int) -> FactoredBatch:
     return FactoredBatch(raw, mask, labels, tuple(parts))
 
 
-def exchanges(shape: Shape, connect: Any) -> list[dict[str, Any]]:
+def exchanges(shape: Shape, connect: Any, head: torch.nn.Module) -> list[dict[str, Any]]:
     """Bytes of a sample-step for each exchange, as they were sent and received; keeping samples is apart.
 
     Args:
         shape: sizes.
         connect: makes a `RemoteLLM` of keyword options.
+        head: the model's, for a client that keeps its labels.
     """
     narrow = shape.dtype
     rows: list[dict[str, Any]] = []
@@ -64,8 +65,12 @@ def exchanges(shape: Shape, connect: Any) -> list[dict[str, Any]]:
             }
         )
 
-    for name, wire in (("full", narrow), ("full, int8", torch.int8)):
-        with connect(wire_dtype=wire) as llm:
+    for name, options in (
+        ("full", {"wire_dtype": narrow}),
+        ("full, int8", {"wire_dtype": torch.int8}),
+        ("label-private", {"wire_dtype": narrow, "head": head}),
+    ):
+        with connect(**options) as llm:
             batch = factored_batch(shape, 2)
             x = batch.embeds().detach()
 

@@ -83,7 +83,7 @@ def test_bytes_are_those_on_the_wire(model: Any) -> None:
         def connect(**options: Any) -> RemoteLLM:
             return RemoteLLM(host.address, insecure=True, **options)
 
-        sizes = {row["name"]: row for row in exchanges(SHAPE, connect)}
+        sizes = {row["name"]: row for row in exchanges(SHAPE, connect, model.lm_head)}
     tokens, width, rank = SHAPE.lengths[2], SHAPE.width, SHAPE.rank
     full = tokens * (2 * width + 1) * 4  # rows both ways, labels one way
     factored = 2 * (tokens * rank + 2 * rank * width / 8) * 4
@@ -91,6 +91,8 @@ def test_bytes_are_those_on_the_wire(model: Any) -> None:
     assert sizes["factored"]["bytes_per_sample_step"] == pytest.approx(factored, rel=0.05)
     assert sizes["factored"]["once_per_sample"] == pytest.approx(tokens * (width * 4 + 5), rel=0.02)
     assert sizes["full"]["once_per_sample"] == 0
+    private = (2 * tokens + 2 * 8) * width * 4  # rows and, of 8 labelled places, hidden states, both ways
+    assert sizes["label-private"]["bytes_per_sample_step"] == pytest.approx(private, rel=0.02)
 
 
 def test_a_gradient_of_another_sample_counts_as_wrong(model: Any, tmp_path: Path) -> None:
