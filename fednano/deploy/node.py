@@ -104,10 +104,11 @@ def keep_up(
             ended.wait(_TICK_S)
         say("ending ...")
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        # A second signal must not end this process before its children.
         for child in reversed(children):
             child.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for name in ("status.json", "marks.json"):
             (state / name).unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -124,3 +125,23 @@ def test_the_status_of_a_dead_process_is_none(tmp_path: Path) -> None:
     assert read_status(tmp_path) == {"pid": os.getpid()}
     write_json(tmp_path / "status.json", {"pid": 2**22 + 1})
     assert read_status(tmp_path) is None
+
+
+def test_a_second_signal_does_not_leave_children_behind(tmp_path: Path) -> None:
+    slow = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), exit(0))); time.sleep(600)"
+    code = (
+        "import sys, pathlib; from fednano.deploy.node import keep_up; from fednano.deploy.supervise import Child; "
+        f"folder = pathlib.Path({str(tmp_path)!r}); "
+        f"keep_up(folder, [Child('slow', [sys.executable, '-c', {slow!r}], folder / 'log')], lambda _: {{}})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait(lambda: (read_status(tmp_path) or {}).get("processes", [{"pid": 0}])[0]["pid"], 60)
+    time.sleep(1)
+    status = read_status(tmp_path)
+    assert status is not None
+    pid = status["processes"][0]["pid"]
+    for _ in range(3):
+        process.terminate()
+        time.sleep(0.1)
+    assert process.wait(60) == 0
+    assert not alive(pid)
