@@ -76,7 +76,7 @@ def exchanges(shape: Shape, connect: Any, head: torch.nn.Module) -> list[dict[st
 
             def full(llm: RemoteLLM = llm, x: torch.Tensor = x, batch: FactoredBatch = batch) -> None:
                 leaf = x.detach().requires_grad_()
-                llm.loss(leaf, batch.mask, batch.labels).sum().backward()
+                llm.loss(leaf, batch.mask, batch.labels).sum().backward()  # type: ignore[no-untyped-call]
 
             count(name, llm, full)
     for streams in (2, 1):
@@ -85,7 +85,7 @@ def exchanges(shape: Shape, connect: Any, head: torch.nn.Module) -> list[dict[st
                 batch = factored_batch(shape, streams)
 
                 def low(llm: RemoteLLM = llm, batch: FactoredBatch = batch) -> None:
-                    llm.factored_loss(batch).mean().backward()
+                    llm.factored_loss(batch).mean().backward()  # type: ignore[no-untyped-call]
 
                 count(name if streams == 2 else f"{name}, image stream alone", llm, low)
     return rows
@@ -161,7 +161,7 @@ def _edge_step(shape: Shape) -> dict[str, Any]:
         rows = {"image": edge.encode(pixels)[0], "text": edge.embed(ids)}
         total = sum((nano.layer(stream)(part) ** 2).mean() for stream, part in rows.items())
         assert isinstance(total, torch.Tensor)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         optimiser.zero_grad()
 
