@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fednano.errors import ConfigError
-from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.config import OTHER_WORK, RunConfig, parse_settings
 
 __all__ = ["main", "run_app"]
 
@@ -60,6 +60,8 @@ def run_app(folder: Path, supernodes: int, run_config: str = "", *, verbose: boo
         **parse_settings(run_config, "--run-config"),
         "clients": supernodes,
     }
+    if settings.pop(OTHER_WORK, ""):
+        raise ConfigError("unlearning in a simulation needs no Flower: fednano unlearn run --run RUN")
     apps = [_load(folder, reference) for reference in (server, client)]
     from fednano.federation.apps import client_app
     from fednano.federation.simulation import simulate

@@ -30,6 +30,7 @@ from fednano.cli.unlearn_common import (
     print_out,
     show_job,
 )
+from fednano.cli.unlearn_live import run_live
 from fednano.errors import ConfigError, JobStateError, RequestRefused
 
 if TYPE_CHECKING:
@@ -282,18 +283,34 @@ def run_queue(
             help="Also retrain without the samples, to compare; costs what that part of the run did."
         ),
     ] = False,
+    superlink: Annotated[
+        str,
+        typer.Option(help="Work through the SuperNodes of this SuperLink (a name that `flwr run` knows)."),
+    ] = "",
+    app_folder: Annotated[
+        Path, typer.Option("--app", help="With --superlink: the folder of the Flower app.")
+    ] = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """Work on the queue until it is empty; finish first what a killed worker left. Code 5 if a job did not commit."""
+    """Work on the queue until it is empty; finish first what a killed worker left. Code 5 if a job did not commit.
+
+    With --superlink the samples stay where they are: the connected sites do the steps. Otherwise this machine needs
+    every site's data: that of a simulated run, or what --data names.
+    """
     from fednano.unlearning.jobs.loku import LokuRunner
     from fednano.unlearning.jobs.states import State
     from fednano.unlearning.jobs.views import summary
     from fednano.unlearning.jobs.work import work
 
     desk = open_desk(run, runs_dir, data)
-    signer = desk.place.server_key(server_key)
     tell = (lambda text: None) if as_json else typer.echo
-    done = work(desk, LokuRunner(data_folders(data), reference=reference), signer, tell=tell)
+    if superlink:
+        if data or reference or server_key:
+            raise ConfigError("--superlink goes without --data, --reference and --server-key.")
+        done = run_live(desk, superlink, app_folder, tell)
+    else:
+        runner = LokuRunner(data_folders(data), reference=reference)
+        done = work(desk, runner, desk.place.server_key(server_key), tell=tell)
     if as_json:
         typer.echo(json.dumps([summary(job) for job in done], indent=1))
     elif not done:

@@ -112,6 +112,11 @@ def show_job(desk: Desk, job: Job, as_json: bool, extra: dict[str, Any] | None =
     for each in body["rounds"]:
         figures = [f"{name} {each[name]:.4f}" for name in _FIGURES if each[name] is not None]
         typer.echo(f"  round {each['number']}/{each['of']}  {'  '.join(figures)}")
+    for alarm in body["alarms"]:
+        typer.echo(
+            f"  ALARM  {alarm['time']}  run {alarm['run']}, round {alarm['round']}: known again, exact memorisation "
+            f"{alarm['exact_memorisation']:.3f} over {alarm['level']:.3f}"
+        )
     for move in body["history"]:
         typer.echo(f"  {move['time']}  {move['target']:<11} {move['actor']}  {move['note']}".rstrip())
 

@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fednano.federation.config import RunConfig
+from fednano.federation.config import OTHER_WORK, RunConfig
 
 if TYPE_CHECKING:
     from fednano.federation.exchange import Stop
@@ -56,6 +56,21 @@ def _secure(message: Message, context: Context) -> Message:
     return _answer("secure", message, context)
 
 
+@client_app.query("resurfaced")
+def _resurfaced(message: Message, context: Context) -> Message:
+    return _answer("resurfaced", message, context)
+
+
+@client_app.query("unlearn")
+def _asked_to_unlearn(message: Message, context: Context) -> Message:
+    return _answer("unlearn", message, context)
+
+
+@client_app.train("unlearn")
+def _unlearn(message: Message, context: Context) -> Message:
+    return _answer("unlearn", message, context)
+
+
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
     return _answer("train", message, context)
@@ -86,8 +101,14 @@ def make_server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         from fednano.federation.server import run_server
+        from fednano.federation.tasks import OTHER_WORK_BY, loaded
 
-        settings = config or RunConfig.from_mapping(dict(context.run_config))
+        given = dict(context.run_config)
+        run = str(given.pop(OTHER_WORK, ""))
+        settings = config or RunConfig.from_mapping(given)
+        if run:
+            loaded(OTHER_WORK_BY)(grid, run, settings)
+            return
         path = run_server(grid, settings, view=view, stop=stop)
         if done is not None:
             done(path)

@@ -97,7 +97,15 @@ _PASSING = frozenset(
             "lr-schedule",
             "lr-final",
         ),
-        *("start-from", "rank-schedule", "client-ranks", "early-stop", "keep", "evaluate-clients-every"),
+        *(
+            "start-from",
+            "probe-forgotten-every",
+            "rank-schedule",
+            "client-ranks",
+            "early-stop",
+            "keep",
+            "evaluate-clients-every",
+        ),
         *("secure-aggregation", "secure-threshold"),
     }
 )
@@ -213,6 +221,10 @@ class Worker:
             data = ClientData(kept, self.edge, self.features)
             self._shares[key] = _Share(data, forgotten.keep(held), forgotten.digest)
         return self._shares[key]
+
+    def samples(self, node: Mapping[str, Any]) -> tuple[list[Sample], list[Sample]]:
+        """Everything that a client holds, the forgotten samples among it: to train on, and to judge by."""
+        return self._samples(node, pool=False)
 
     def _samples(self, node: Mapping[str, Any], *, pool: bool) -> tuple[list[Sample], list[Sample]]:
         own_data = str(node.get("data", ""))

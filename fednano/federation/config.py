@@ -18,13 +18,17 @@ from typing import Any
 
 from fednano.errors import ConfigError
 
-__all__ = ["BACKENDS", "RunConfig", "Scalar", "check_backend", "parse_settings"]
+__all__ = ["BACKENDS", "OTHER_WORK", "RunConfig", "Scalar", "check_backend", "parse_settings"]
 
 Scalar = bool | int | float | str
 
 BACKENDS = ("ray", "inprocess")
 """How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no
 start-up cost, one client at a time."""
+
+OTHER_WORK = "unlearn"
+"""Key beside the settings of a run in the app's run configuration: names a finished run whose unlearning queue is to be
+worked on, instead of tuning."""
 
 
 def parse_settings(text: str, where: str) -> dict[str, Any]:
@@ -174,6 +178,9 @@ class RunConfig:
     evaluate_clients_every: int = _setting(
         0,
         "let clients judge the merged adapters on samples they hold out every so many rounds; 0 = at the end",
+    )
+    probe_forgotten_every: int = _setting(
+        1, "look every so many rounds whether what was unlearned has come back; 0 = never"
     )
     early_stop: int = _setting(0, "end after so many evaluations without a better one; 0 = never")
     keep: str = _setting(

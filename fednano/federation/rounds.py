@@ -23,6 +23,7 @@ from fednano.federation.ledger import (
     save_round,
 )
 from fednano.federation.phase import MAIN_PHASE, Federation, Leaves, Merge, PhaseResult, WireTotals
+from fednano.federation.resurfacing import probe_forgotten
 from fednano.federation.schedules import at_rank, rank_at
 from fednano.federation.secure import merge_securely
 from fednano.federation.specification import spec_of
@@ -85,6 +86,8 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
         record = round_record(fed, phase, number, result, wire, time.monotonic() - began)
         if done.state.report:
             record["merge"] = done.state.report
+        if phase == MAIN_PHASE:
+            record |= probe_forgotten(fed, phase, number, result.tuned)
         judge_round(fed, phase, number, result, record, rule=rule, watch=watch)
         reasons = done.failures.values()
         unreachable = bool(reasons) and all(text.startswith("HostUnavailable") for text in reasons)

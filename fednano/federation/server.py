@@ -12,19 +12,18 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from flwr.serverapp import Grid
 
 from fednano.aggregation import Rule
-from fednano.errors import FednanoError, Interrupted, RunError
+from fednano.errors import FednanoError, Interrupted
 from fednano.federation.baselines import BaselineResult, build_rule, check_rule, other_rule, run_baselines
 from fednano.federation.config import RunConfig
 from fednano.federation.enrolled import auditor_of, enrolled, place_of
 from fednano.federation.evaluator import Evaluator
-from fednano.federation.exchange import Stop, exchange, wait_for_nodes
+from fednano.federation.exchange import Stop, wait_for_nodes
 from fednano.federation.forgetting import (
     ForgettingGrid,
     check_no_commit,
@@ -34,11 +33,12 @@ from fednano.federation.forgetting import (
 )
 from fednano.federation.gathering import settle_basis
 from fednano.federation.hosting import open_host
+from fednano.federation.introduction import Introduced, introduce, remind
 from fednano.federation.judging import judge_all
-from fednano.federation.messages import HostTicket, Instruction, Reply
+from fednano.federation.messages import HostTicket
 from fednano.federation.model import build_edge, connect, gathers, use_threads
 from fednano.federation.outcome import write_outcome
-from fednano.federation.rounds import MAIN_PHASE, Federation, Leaves, PhaseResult, run_rounds
+from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
 from fednano.federation.schedules import fit_rank
 from fednano.federation.specification import spec_of
 from fednano.federation.watching import judge_on_clients, mean_accuracy
@@ -174,8 +174,8 @@ def _run(
         check_rule(build_rule(config, other_rule(config)), spec_of(edge, config), config)
     nodes = wait_for_nodes(grid, config.clients, config.join_timeout, stop)
     grid = ForgettingGrid(grid, folder.path)
-    clients = _introduce(grid, nodes, config, edge.travelling(), edge, stop)
-    clients = _remind(grid, clients, config, edge, folder, stop)
+    clients = introduce(grid, nodes, config, edge.travelling(), edge, stop)
+    clients = remind(grid, clients, config, edge, folder, stop)
     by_name = {name: client.node for name, client in clients.items()}
     ticket = starting.result()
     if gathers(config):
@@ -231,84 +231,7 @@ def _run(
     )
 
 
-@dataclass(frozen=True)
-class _Client:
-    node: int
-    hello: Reply
-
-
-def _introduce(
-    grid: Grid,
-    nodes: list[int],
-    config: RunConfig,
-    start: Leaves,
-    edge: NanoEdge,
-    stop: Stop,
-) -> dict[str, _Client]:
-    """Ask every node who it is; returns clients by name.
-
-    Raises:
-        RunError: a client cannot take part, two share a name, or one holds another model.
-    """
-    asked = {
-        str(node): (node, Instruction(config, "hello", 0, HostTicket(), False, {}, start).to_records())
-        for node in nodes
-    }
-    clients: dict[str, _Client] = {}
-    deliveries = exchange(
-        grid,
-        asked,
-        message_type="query.hello",
-        group="hello",
-        timeout=config.join_timeout,
-        stop=stop,
-        check_names=False,
-    )
-    for delivery in deliveries:
-        reply = delivery.reply
-        if reply.failure is not None:
-            raise RunError(f"client {reply.client} cannot take part: {reply.failure.message}")
-        if reply.facts.get("edge") != edge.edge.fingerprint:
-            raise RunError(
-                f"client {reply.client} holds the edge weights {reply.facts.get('edge', 'unknown')[:16]}, the server "
-                f"{edge.edge.fingerprint[:16]}. Give both the same model."
-            )
-        if reply.client in clients:
-            raise RunError(
-                f"two nodes call themselves {reply.client!r}. Give each SuperNode its own site name."
-            )
-        clients[reply.client] = _Client(int(delivery.client), reply)
-    return dict(sorted(clients.items()))
-
-
-def _remind(
-    grid: ForgettingGrid,
-    clients: dict[str, _Client],
-    config: RunConfig,
-    edge: NanoEdge,
-    folder: RunFolder,
-    stop: Stop,
-) -> dict[str, _Client]:
-    """Ask those that have something to forget again, now that the grid knows who they are.
-
-    Raises:
-        RunError: nobody has samples left.
-    """
-    simulated = all(client.hello.facts.get("simulated") == "True" for client in clients.values())
-    due = grid.know({name: client.node for name, client in clients.items()}, simulated=simulated)
-    if not due:
-        return clients
-    again = _introduce(grid, [clients[name].node for name in due], config, edge.travelling(), edge, stop)
-    clients = {**clients, **again}
-    gone = [name for name, client in clients.items() if not client.hello.metrics["samples"]]
-    for name in gone:
-        folder.append_event("info", f"{name} has withdrawn all its samples and takes no part.")
-    if len(gone) == len(clients):
-        raise RunError("every client has withdrawn all its samples; there is nothing left to train on.")
-    return {name: client for name, client in sorted(clients.items()) if name not in gone}
-
-
-def _tell_bad_rows(fed: Federation, clients: Mapping[str, _Client]) -> None:
+def _tell_bad_rows(fed: Federation, clients: Mapping[str, Introduced]) -> None:
     """Rows that were left out are told, never dropped in silence."""
     found: dict[str, tuple[int, str]] = {}
     for name, client in clients.items():
@@ -323,7 +246,7 @@ def _tell_bad_rows(fed: Federation, clients: Mapping[str, _Client]) -> None:
         fed.folder.append_event("warning", text)
 
 
-def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str, _Client]) -> None:
+def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str, Introduced]) -> None:
     counts = {
         name: json.loads(c.hello.facts["labels"]) for name, c in clients.items() if "labels" in c.hello.facts
     }

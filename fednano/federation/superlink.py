@@ -123,10 +123,11 @@ def write_app(folder: Path) -> None:
     import json
 
     from fednano import __version__
-    from fednano.federation.config import RunConfig
+    from fednano.federation.config import OTHER_WORK, RunConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in RunConfig().to_mapping().items())
+    given = RunConfig().to_mapping() | {OTHER_WORK: ""}
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
     (folder / "pyproject.toml").write_text(_APP.format(version=__version__, settings=settings))
     for name, text in (
         ("server_app", "from fednano.federation.apps import make_server_app\n\napp = make_server_app()\n"),

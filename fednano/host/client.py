@@ -27,7 +27,7 @@ from fednano.host.requests import Requests, host_info, split_batch
 from fednano.host.wire import Meter, Wire
 from fednano.models.factored import FactoredBatch
 from fednano.models.language import TokenEmbedding
-from fednano.models.language_inputs import check_inputs
+from fednano.models.language_inputs import IGNORE, check_inputs
 from fednano.models.step import step_loss
 
 __all__ = ["RemoteLLM"]
@@ -237,6 +237,39 @@ class RemoteLLM:
             if self._factored is None:
                 self._factored = FactoredExchange(self._channel, info, dtype, self._chunk_bytes)
         return self._factored.loss(batch, objective)
+
+    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:
+        """What the model says of each labelled token, see `fednano.models.language.LanguageModel.score`.
+
+        Args:
+            embeds: ``(B, T, d)`` float.
+            mask: ``(B, T)``.
+            labels: ``(B, T)`` int64.
+
+        Returns:
+            B tensors ``(n, 5)`` float64 on the CPU.
+
+        Raises:
+            HostError: as `loss`.
+            ConfigError: steps are label-private, and scores would tell the host the labels.
+        """
+        if self._head is not None:
+            raise ConfigError(
+                "label-private steps keep labels from the host, and token scores would tell it them. Measure with the "
+                "model in this process."
+            )
+        info = self.describe()
+        _check(info, embeds, mask, labels)
+        mask, labels, embeds = mask.detach().cpu().bool(), labels.detach().cpu(), embeds.detach().cpu()
+        requests, dtype = self._requests(info), self._dtype(embeds)
+        found: list[Tensor] = []
+        for part in split_batch(mask.sum(1).tolist(), info, dtype):
+            real = mask[part]
+            lengths, wanted = real.sum(1).tolist(), labels[part][real]
+            scores = requests.score(embeds[part][real], lengths, wanted, dtype=dtype)
+            counts = [int((own[1:] != IGNORE).sum()) for own in torch.split(wanted, lengths)]
+            found += torch.split(scores, counts)
+        return found
 
     def generate(
         self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None

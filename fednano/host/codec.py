@@ -24,6 +24,7 @@ __all__ = [
     "Assembler",
     "chunks",
     "decode",
+    "decode_doubles",
     "decode_labels",
     "decode_rows",
     "encode",
@@ -31,6 +32,7 @@ __all__ = [
     "pack",
     "pad",
     "raw",
+    "raw_doubles",
     "row_bytes",
     "wire_code",
     "wire_dtype",
@@ -100,6 +102,16 @@ def raw(tensor: Tensor) -> memoryview:
     like, order = _NUMBERS[tensor.element_size()]
     numbers = _on_cpu(tensor.detach().contiguous().view(-1).view(like)).numpy()
     return numbers.astype(order, copy=False).view(np.uint8).data
+
+
+def raw_doubles(tensor: Tensor) -> memoryview:
+    """Little-endian bytes of a float64 tensor."""
+    return tensor.numpy().astype("<f8", copy=False).reshape(-1).view(np.uint8).data
+
+
+def decode_doubles(buffer: Bytes) -> Tensor:
+    """Float64 numbers ``(n,)`` from their little-endian bytes ``(8 n,)``."""
+    return torch.from_numpy(buffer.view("<f8").astype("=f8"))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.models.language import Generation, LocalLLM
 from fednano.models.language_inputs import IGNORE
 
-__all__ = ["begin_generation", "step_job", "unpack"]
+__all__ = ["begin_generation", "compute_scores", "step_job", "unpack"]
 
 
 def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> Job:
@@ -28,10 +28,7 @@ def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> J
         ConfigError: unknown objective.
     """
     packed = header.embeds
-    x, mask = unpack(packed, buffer, llm.device)
-    size = sum(packed.lengths) * LABEL_BYTES
-    labels = torch.full(mask.shape, IGNORE)
-    labels[mask] = codec.decode_labels(buffer.take(size, offset=len(buffer) - size))
+    x, mask, labels = _unpack_step(llm, packed, buffer)
     llm.check(x, mask, labels, header.objective)
 
     def finish(losses: Tensor, gradient: Tensor | None) -> Reply:
@@ -46,6 +43,24 @@ def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> J
         return result, [data]
 
     return Job(x, mask, labels, header.objective, header.want_gradient, finish)
+
+
+def compute_scores(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> memoryview:
+    """Bytes of what the model says of each labelled token, see `fednano.models.language.LanguageModel.score`.
+
+    Raises:
+        HostRefused: the numbers are not acceptable.
+    """
+    return codec.raw_doubles(torch.cat(llm.score(*_unpack_step(llm, header.embeds, buffer))))
+
+
+def _unpack_step(llm: LocalLLM, packed: pb.Packed, buffer: codec.Assembler) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings ``(B, L, d)``, mask ``(B, L)`` and labels ``(B, L)``, padded right."""
+    x, mask = unpack(packed, buffer, llm.device)
+    size = sum(packed.lengths) * LABEL_BYTES
+    labels = torch.full(mask.shape, IGNORE)
+    labels[mask] = codec.decode_labels(buffer.take(size, offset=len(buffer) - size))
+    return x, mask, labels
 
 
 def begin_generation(llm: LocalLLM, header: pb.GenerateHeader, buffer: codec.Assembler) -> Generation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CHUNK_BYTES", "LABEL_BYTES", "MISSING_KEY", "REASON_KEY", "SERVICE"]
+__all__ = ["CHUNK_BYTES", "LABEL_BYTES", "MISSING_KEY", "REASON_KEY", "SCORES", "SERVICE"]
 
 SERVICE = "fednano.host.v1.LanguageHost"
 """Full name of the gRPC service."""
@@ -14,3 +14,5 @@ CHUNK_BYTES = 1 << 20
 """Size of a chunk, a quarter of gRPC's default limit on a message."""
 LABEL_BYTES = 4
 """Bytes of one label on the wire."""
+SCORES = 5
+"""Numbers that a host says of each labelled token, see `fednano.models.language.LanguageModel.score`."""

@@ -14,10 +14,10 @@ from fednano.host import codec
 from fednano.host.channel import HostChannel
 from fednano.host.exchange import Exchange
 from fednano.host.limits import HostInfo, HostLimits
-from fednano.host.names import LABEL_BYTES
+from fednano.host.names import LABEL_BYTES, SCORES
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.models.language import TokenEmbedding
-from fednano.models.language_inputs import check_token_embeds
+from fednano.models.language_inputs import IGNORE, check_token_embeds
 
 __all__ = ["Requests", "host_info", "receive_step", "split_batch"]
 
@@ -148,6 +148,35 @@ class Requests:
         if not want_gradient:
             return losses, None
         return losses, codec.decode_rows(received, dtype, rows.shape[1], result.gradient.scale)
+
+    def score(self, rows: Tensor, lengths: Sequence[int], labels: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """What the model says of each labelled token.
+
+        Args:
+            rows: ``(N, d)`` embeddings, samples end to end.
+            lengths: tokens of each of the B samples.
+            labels: ``(N,)`` int64; that of a sample's first token counts for nothing.
+            dtype: type on the wire.
+
+        Returns:
+            ``(n, 5)`` float64, see `fednano.models.language.LanguageModel.score`.
+        """
+        packed, data = codec.pack(rows, dtype, lengths)
+        header = pb.StepHeader(request_id=uuid.uuid4().hex, fingerprint=self._info.fingerprint, embeds=packed)
+        body = [data, codec.raw(labels.int())]
+        asked = sum(int((part[1:] != IGNORE).sum()) for part in torch.split(labels, list(lengths)))
+        nbytes = asked * SCORES * 8
+
+        def frames() -> Iterator[pb.StepRequest]:
+            yield pb.StepRequest(header=header)
+            for chunk in codec.chunks(body, self._chunk_bytes):
+                yield pb.StepRequest(chunk=chunk)
+
+        def attempt(exchange: Exchange) -> codec.Assembler:
+            return receive_step(exchange.stream(frames(), pb.StepReply), nbytes)[1]
+
+        buffer = self._channel.call("Score", attempt, samples=len(lengths))
+        return codec.decode_doubles(buffer.take(nbytes)).view(asked, SCORES)
 
     def generate(
         self,

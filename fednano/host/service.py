@@ -14,7 +14,7 @@ from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
 from fednano.host.batching import Ask, StepBatcher
 from fednano.host.calls import Calls, Context, OtherModelError, SamplesNotKeptError, Trace
-from fednano.host.compute import begin_generation, step_job
+from fednano.host.compute import begin_generation, compute_scores, step_job
 from fednano.host.factored_codec import parts_bytes
 from fednano.host.factored_compute import factored_job, stream_counts, unpack_kept
 from fednano.host.jobs import Reply
@@ -168,6 +168,17 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                 return work()
 
         return await self._pool.run(job)
+
+    async def Score(self, request: Any, context: Context) -> None:  # noqa: N802
+        """What the model says of each labelled token."""
+        async with self._call(context, "score") as trace:
+            header = await self._header(context, trace)
+            body = self._sizes(header, per_token=LABEL_BYTES)
+            async with self._admitted(trace, body):
+                buffer = await self._receive(context, "score", body)
+                scores = await self._pool.run(lambda: compute_scores(self._llm, header, buffer))
+                await self._reply(context, "score", (pb.StepResult(), [scores]))
+            self._count(trace, header.embeds.lengths)
 
     async def Keep(self, request: Any, context: Context) -> None:  # noqa: N802
         """Keep the frozen parts of samples for later steps."""

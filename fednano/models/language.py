@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fednano.models.generation import Generation
@@ -74,6 +75,24 @@ class LanguageModel(Protocol):
         Raises:
             HostRefused: an input is not acceptable; the message names the sample, what was got, what was
             expected. ConfigError: unknown objective.
+        """
+        ...
+
+    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:
+        """What the model says of each labelled token; takes no gradient.
+
+        Args:
+            embeds: ``(B, T, d)`` as in `loss`.
+            mask: ``(B, T)``.
+            labels: ``(B, T)``.
+
+        Returns:
+            B tensors ``(n, 5)`` float64 on the CPU, a row for each labelled token: its log-probability, whether it is
+            the likeliest token (0 or 1), mean and standard deviation of the log-probability under the model's own
+            distribution, and the log-probability of the likeliest other token.
+
+        Raises:
+            HostRefused: an input is not acceptable.
         """
         ...
 
@@ -206,6 +225,42 @@ class LocalLLM:
         """
         self.check(embeds, mask, labels, objective)
         return self.passes.compute(embeds, mask, labels, objective, want_gradient)
+
+    @torch.no_grad()
+    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:
+        """What the model says of each labelled token, see `LanguageModel.score`; in float64 from the logits on.
+
+        Args:
+            embeds: ``(B, T, d)`` float.
+            mask: ``(B, T)``.
+            labels: ``(B, T)`` int64.
+
+        Returns:
+            B tensors ``(n, 5)`` float64 on the CPU.
+        """
+        logits, wanted, counts = self.token_logits(embeds, mask, labels)
+        log = logits.double().log_softmax(-1)  # (N, V)
+        p = log.exp()
+        mean = (p * log).sum(-1)
+        deviation = (p * (log - mean[:, None]).square()).sum(-1).sqrt()
+        own = log.gather(-1, wanted[:, None]).squeeze(-1)
+        rival = log.scatter(-1, wanted[:, None], -torch.inf).max(-1).values
+        right = (log.argmax(-1) == wanted).double()
+        return list(torch.split(torch.stack([own, right, mean, deviation, rival], dim=1).cpu(), counts))
+
+    def token_logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Logits at every labelled token, as a graph over the embeddings; see `Passes.logits`.
+
+        Args:
+            embeds: ``(B, T, d)``.
+            mask: ``(B, T)``.
+            labels: ``(B, T)`` int64.
+
+        Raises:
+            HostRefused: an input is not acceptable.
+        """
+        self._check(embeds, mask, labels)
+        return self.passes.logits(embeds, mask, labels)
 
     def generate(
         self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None

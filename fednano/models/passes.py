@@ -125,6 +125,22 @@ class Passes:
             losses = self._losses(rows, layout, objective, part.checkpoints)
             return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
 
+    def logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Logits at every labelled token, as a graph over the embeddings; for a batch that fits into memory whole.
+
+        Args:
+            embeds: ``(B, T, d)`` float.
+            mask: ``(B, T)`` bool.
+            labels: ``(B, T)`` int64, -100 where nothing is to be predicted.
+
+        Returns:
+            Logits ``(N, V)`` of the N labelled tokens, sample by sample; their labels ``(N,)``; how many each has.
+        """
+        layout = lay_out(mask, labels)
+        found: Tensor = self._part.head(self.states(embeds, layout))
+        targets = layout.targets.to(self.device, non_blocking=True)
+        return found, targets, layout.counts
+
     def _losses(self, embeds: Tensor, layout: Layout, objective: str, checkpoints: int) -> Tensor:
         """Losses ``(B,)`` on the model's device, as a graph over ``embeds`` ``(B, T, d)``."""
         targets = layout.targets.to(self.device, non_blocking=True)

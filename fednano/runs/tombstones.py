@@ -10,19 +10,30 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fednano.errors import RunError
 from fednano.runs.atomic import read_json, write_json
+from fednano.runs.metrics import JsonLines, read_json_lines
 
-__all__ = ["Tombstone", "Tombstones", "commit_pending", "read_tombstones", "sample_hash", "write_tombstones"]
+__all__ = [
+    "Tombstone",
+    "Tombstones",
+    "append_alarm",
+    "commit_pending",
+    "read_alarms",
+    "read_tombstones",
+    "sample_hash",
+    "write_tombstones",
+]
 
 FOLDER = "unlearning"
 FILE = f"{FOLDER}/tombstones.json"
 PENDING = f"{FOLDER}/commit.json"
+ALARMS = f"{FOLDER}/alarms.jsonl"
 
 
 class _HasId(Protocol):
@@ -47,12 +58,15 @@ class Tombstone:
         site: the owner.
         salt: the owner's salt, hexadecimal.
         hashes: :func:`sample_hash` of each sample.
+        level: exact memorisation that samples never trained on show, or these after the commit, if that is more;
+            what lies well above it has come back. ``None``: not known.
     """
 
     job: str
     site: str
     salt: str
     hashes: frozenset[str]
+    level: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class Tombstones:
         """As the file and messages hold it."""
         sets = [
             {"job": s.job, "site": s.site, "salt": s.salt, "hashes": sorted(s.hashes)}
+            | ({} if s.level is None else {"level": s.level})
             for s in sorted(self.sets, key=lambda s: s.job)
         ]
         return {"epoch": self.epoch, "sets": sets}
@@ -109,7 +124,8 @@ class Tombstones:
         try:
             sets = tuple(
                 Tombstone(
-                    str(s["job"]), str(s["site"]), bytes.fromhex(s["salt"]).hex(), frozenset(s["hashes"])
+                    *(str(s["job"]), str(s["site"]), bytes.fromhex(s["salt"]).hex(), frozenset(s["hashes"])),
+                    level=float(s["level"]) if "level" in s else None,
                 )
                 for s in body["sets"]
             )
@@ -139,3 +155,18 @@ def write_tombstones(run: Path, tombstones: Tombstones) -> None:
 def commit_pending(run: Path) -> bool:
     """Whether an unlearning commit or rollback is under way, or was cut off and waits to be finished."""
     return (run / PENDING).exists()
+
+
+def append_alarm(run: Path, line: Mapping[str, Any]) -> None:
+    """Add to the run's audit that a forgotten set is known again. Raises RunError."""
+    (run / FOLDER).mkdir(exist_ok=True)
+    log = JsonLines(run / ALARMS)
+    try:
+        log.append(line)
+    finally:
+        log.close()
+
+
+def read_alarms(run: Path, job: str) -> list[dict[str, Any]]:
+    """The alarms about one job, oldest first."""
+    return [row for row in read_json_lines(run / ALARMS) if row.get("job") == job]

@@ -18,7 +18,7 @@ from fednano.training.features import FeatureCache
 from fednano.training.local import OPTIMIZERS
 from fednano.training.objectives import dpo, kl_divergence, npo, simnpo
 from fednano.unlearning.methods import Method
-from fednano.unlearning.probe import require_local, token_logits
+from fednano.unlearning.probe import require_local
 from fednano.unlearning.targets import without_end
 
 __all__ = ["REFUSAL", "LocalResult", "LocalSettings", "Reference", "reference_of", "refusals", "steps"]
@@ -209,7 +209,7 @@ def steps(
             batch = compose(kept, indices)
             if retain_kind == "kl":
                 local = require_local(llm, "the method 'kl'")
-                logits, _, counts = token_logits(local, batch.embeds, batch.mask, batch.labels)
+                logits, _, counts = local.token_logits(batch.embeds, batch.mask, batch.labels)
                 each = kl_divergence(logits, looking_back[number])
                 terms["retain"] = torch.stack([part.mean() for part in torch.split(each, counts)]).mean()
             else:
@@ -305,7 +305,7 @@ def _reference_logits(
     found = []
     for indices in batches:
         batch = edge(*data.batch(indices))
-        found.append(token_logits(local, batch.embeds, batch.mask, batch.labels)[0])
+        found.append(local.token_logits(batch.embeds, batch.mask, batch.labels)[0])
     edge.load_travelling(current)
     return found
 

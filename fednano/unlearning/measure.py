@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from fednano.data import Sample
+from fednano.errors import DataError
 from fednano.models.edge import NanoEdge
-from fednano.models.language import LocalLLM
+from fednano.models.language import LanguageModel
 from fednano.training.answers import answer_losses, generate_answers
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
@@ -40,8 +43,11 @@ __all__ = [
     "Measurement",
     "Perturbed",
     "SetScores",
+    "SiteMeasurement",
     "against_reference",
     "attacks",
+    "mean_probability",
+    "measure_site",
     "score_set",
     "truth_ratios",
 ]
@@ -95,7 +101,8 @@ class Measurement:
 
     Attributes:
         forget: on the forget set.
-        retain: on retained training samples of the owner, or of others where it keeps none.
+        retain: on retained training samples of the owner, or of others where it keeps none; ``None`` where those are
+            out of reach.
         unseen: on samples that were never trained on.
         utility: mean answer probability on the test questions.
         accuracy: share of test questions whose whole answer is the likeliest, token by token.
@@ -105,7 +112,7 @@ class Measurement:
     """
 
     forget: SetScores
-    retain: SetScores
+    retain: SetScores | None
     unseen: SetScores
     utility: float
     accuracy: float
@@ -116,6 +123,43 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class SiteMeasurement:
+    """What the owner's samples say of an adapter; see `Measurement`."""
+
+    forget: SetScores
+    retain: SetScores | None
+    unseen: SetScores
+    attacks: dict[str, Auc]
+    priv_leak: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> SiteMeasurement:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            DataError: the content is something else.
+        """
+        try:
+            sets = {
+                name: None
+                if body[name] is None
+                else SetScores(**{**body[name], "truth_ratios": tuple(body[name]["truth_ratios"])})
+                for name in ("forget", "retain", "unseen")
+            }
+            forget, unseen = sets["forget"], sets["unseen"]
+            if forget is None or unseen is None:
+                raise KeyError("forget, unseen")
+            found = {name: Auc(**each) for name, each in body["attacks"].items()}
+            return cls(forget, sets["retain"], unseen, found, float(body["priv_leak"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a site's figures cannot be read: {error!r}.") from error
 
 
 @dataclass(frozen=True)
@@ -156,9 +200,63 @@ def against_reference(after: Measurement, reference: Measurement | None) -> Comp
     )
 
 
+def mean_probability(edge: NanoEdge, llm: LanguageModel, data: ClientData) -> float:
+    """Mean answer probability of the adapters as they are."""
+    return fmean(map(probability, token_scores(edge, llm, data)))
+
+
+def measure_site(
+    edge: NanoEdge,
+    llm: LanguageModel,
+    features: FeatureCache,
+    sets: Mapping[str, ClientData],
+    *,
+    leaves: Mapping[str, Tensor],
+    untuned: Mapping[str, Tensor],
+    perturbed: Mapping[str, Perturbed] | None = None,
+    seed: int,
+) -> SiteMeasurement:
+    """Everything that the owner's samples say of an adapter; the edge is left with its leaves.
+
+    Args:
+        edge: NanoEdge of the run.
+        llm: the language model, here or on a host.
+        features: of the samples.
+        sets: ``"forget"`` and ``"unseen"``, and ``"retain"`` where there is any.
+        leaves: the adapter.
+        untuned: as the seed made it; the reference of an attack.
+        perturbed: sample id to other answers, for truth ratios.
+        seed: of the bootstrap.
+    """
+    edge.load_travelling(untuned)
+    before = {name: token_scores(edge, llm, sets[name]) for name in ("forget", "unseen")}
+    edge.load_travelling(leaves)
+    scores = {name: token_scores(edge, llm, data) for name, data in sets.items()}
+    scored = {
+        name: score_set(
+            edge,
+            llm,
+            data,
+            scores=scores[name],
+            features=features,
+            perturbed=perturbed if name == "forget" else None,
+            el=name != "retain",
+        )
+        for name, data in sets.items()
+    }
+    found, leak = attacks(
+        scores["forget"],
+        scores["unseen"],
+        texts=([s.answer for s in sets["forget"].samples], [s.answer for s in sets["unseen"].samples]),
+        reference=(before["forget"], before["unseen"]),
+        seed=seed,
+    )
+    return SiteMeasurement(scored["forget"], scored.get("retain"), scored["unseen"], found, leak)
+
+
 def score_set(
     edge: NanoEdge,
-    llm: LocalLLM,
+    llm: LanguageModel,
     data: ClientData,
     *,
     scores: Sequence[TokenScores] | None = None,
@@ -170,7 +268,7 @@ def score_set(
 
     Args:
         edge: NanoEdge with the adapters to use.
-        llm: a model in this process.
+        llm: the language model, here or on a host.
         data: the samples.
         scores: of their tokens, where they are known already.
         features: given, greedy answers are generated and their ROUGE-L is measured.
@@ -201,7 +299,7 @@ def score_set(
 
 def truth_ratios(
     edge: NanoEdge,
-    llm: LocalLLM,
+    llm: LanguageModel,
     data: ClientData,
     features: FeatureCache,
     perturbed: Mapping[str, Perturbed],

@@ -40,6 +40,7 @@ class UnlearnRequest:
         learning_rate: step size; 0 takes the run's own.
         fisher_samples: most samples of each kind for FILA's Fishers.
         runs_dir: folder of the run folders.
+        withheld: ids of its samples that no round has trained on, and none is to.
     """
 
     run: str | Path
@@ -55,6 +56,7 @@ class UnlearnRequest:
     learning_rate: float = 0.0
     fisher_samples: int = 64
     runs_dir: str | Path = "runs"
+    withheld: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         get_method(self.method)
@@ -127,6 +129,7 @@ class UnlearnOutcome:
         ignored: ids that the owner only held out.
         client_seconds: of all parties in all rounds.
         seconds: wall time with measurements.
+        notes: what else was approximated, for the receipt.
     """
 
     status: Status
@@ -144,6 +147,7 @@ class UnlearnOutcome:
     client_seconds: float
     seconds: float
     request: UnlearnRequest | None = field(default=None)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but tensors and sample ids, as JSON values."""

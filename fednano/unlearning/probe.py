@@ -1,27 +1,20 @@
-"""Ask a model about each token of an answer: log-probabilities, greedy continuations.
-
-This needs whole distributions over the vocabulary, which a language host does not give away; so it works with a model
-in this process only.
-"""
+"""Ask a model about each token of an answer, here or on a host: log-probabilities, greedy continuations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from fednano.errors import ConfigError
 from fednano.models.edge import NanoEdge
-from fednano.models.language import IGNORE, LanguageModel, LocalLLM
-from fednano.models.language_inputs import align
+from fednano.models.language import LanguageModel, LocalLLM
 from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData
 from fednano.unlearning.metrics import TokenScores, extraction_likelihood
 from fednano.unlearning.targets import without_end
 
-__all__ = ["extraction_likelihoods", "require_local", "token_logits", "token_scores"]
+__all__ = ["extraction_likelihoods", "require_local", "token_scores"]
 
 
 def require_local(llm: LanguageModel, what: str) -> LocalLLM:
@@ -38,38 +31,15 @@ def require_local(llm: LanguageModel, what: str) -> LocalLLM:
     return llm
 
 
-def token_logits(
-    llm: LocalLLM, embeds: Tensor, mask: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Logits at every labelled token, as a graph over the embeddings (and over the decoder's weights).
-
-    Args:
-        llm: a model in this process.
-        embeds: ``(B, T, d)``.
-        mask: ``(B, T)``.
-        labels: ``(B, T)`` int64, -100 where nothing is to be predicted.
-
-    Returns:
-        Logits ``(N, V)`` of the N labelled tokens, sample by sample; their labels ``(N,)``; how many each sample has.
-    """
-    x, real, index = align(embeds.to(llm.device, llm.dtype), mask.to(llm.device).bool(), "left")
-    y = labels.to(llm.device).gather(1, index)[:, 1:]  # (B, L - 1)
-    keep = real[:, 1:] & (y != IGNORE)
-    positions = torch.arange(x.shape[1], device=llm.device).unsqueeze(0)
-    out = llm.part.decoder(inputs_embeds=x, attention_mask=None, position_ids=positions, use_cache=False)
-    logits: Tensor = llm.part.head(out.last_hidden_state[:, :-1][keep])
-    return logits, y[keep], keep.sum(dim=1).tolist()
-
-
 @torch.no_grad()
 def token_scores(
-    edge: NanoEdge, llm: LocalLLM, data: ClientData, *, batch_size: int = 32
+    edge: NanoEdge, llm: LanguageModel, data: ClientData, *, batch_size: int = 32
 ) -> list[TokenScores]:
     """What the model says of every token of each sample's answer, its end token left out.
 
     Args:
         edge: NanoEdge with the adapters to use.
-        llm: a model in this process.
+        llm: the language model, here or on a host.
         data: the samples.
         batch_size: samples a call.
     """
@@ -77,18 +47,9 @@ def token_scores(
     for start in range(0, len(data), batch_size):
         batch = edge(*data.batch(range(start, min(start + batch_size, len(data)))))
         labels = without_end(batch.labels, edge.edge.tokenizer.eos_token_id)
-        logits, wanted, counts = token_logits(llm, batch.embeds, batch.mask, labels)
-        log = logits.double().log_softmax(-1)  # (N, V)
-        p = log.exp()
-        mean = (p * log).sum(-1)
-        deviation = (p * (log - mean[:, None]).square()).sum(-1).sqrt()
-        own = log.gather(-1, wanted[:, None]).squeeze(-1)
-        rival = log.scatter(-1, wanted[:, None], -torch.inf).max(-1).values
-        right = log.argmax(-1) == wanted
-        columns = [value.cpu().numpy() for value in (own, right, mean, deviation, rival)]
-        ends = np.cumsum(counts)[:-1]
-        for parts in zip(*(np.split(column, ends) for column in columns), strict=True):
-            found.append(TokenScores(*parts))
+        for rows in llm.score(batch.embeds, batch.mask, labels):
+            own, right, mean, deviation, rival = (column.numpy() for column in rows.unbind(1))
+            found.append(TokenScores(own, right != 0, mean, deviation, rival))
     return found
 
 

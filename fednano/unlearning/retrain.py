@@ -39,6 +39,7 @@ class Retrained:
         loss: mean training loss over clients.
         seconds: client-seconds.
         steps: optimiser steps of all clients.
+        clients: how many of them there were.
     """
 
     round: int
@@ -46,6 +47,7 @@ class Retrained:
     loss: float
     seconds: float
     steps: int
+    clients: int = 0
 
 
 def starting_point(
@@ -149,7 +151,7 @@ def retrain(
         if losses:
             leaves, memory = rule.finish(state), rule.memory(state)
         mean = sum(losses) / len(losses) if losses else float("nan")
-        yield Retrained(number, leaves, mean, seconds, count)
+        yield Retrained(number, leaves, mean, seconds, count, len(losses))
 
 
 def _rule(config: RunConfig) -> Rule:

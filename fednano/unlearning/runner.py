@@ -15,29 +15,21 @@ from typing import Any
 
 from torch import Tensor
 
-from fednano.aggregation import Update, create_rule, validate
-from fednano.errors import Interrupted, TrainingDiverged, UpdateRefused
+from fednano.aggregation import create_rule, validate
+from fednano.errors import ConfigError, Interrupted, TrainingDiverged, UpdateRefused
 from fednano.federation.server import spec_of
-from fednano.training.data import ClientData
 from fednano.unlearning.fila import Pair
-from fednano.unlearning.fila_bridge import change_pairs
-from fednano.unlearning.local import (
-    LocalResult,
-    LocalSettings,
-    Reference,
-    reference_of,
-    refusals,
-    steps,
-)
+from fednano.unlearning.fila_bridge import can_factorise, change_pairs
+from fednano.unlearning.local import LocalResult
 from fednano.unlearning.measure import Perturbed
 from fednano.unlearning.methods import Method, get_method
 from fednano.unlearning.outcome import RoundRecord, Status, UnlearnOutcome, UnlearnRequest
-from fednano.unlearning.retrain import retrain, starting_point
-from fednano.unlearning.sites import SiteData, first_exposure, participants
-from fednano.unlearning.start import Start, make_start
+from fednano.unlearning.parties import Contribution, LocalParties, Parties, RoundPlan
+from fednano.unlearning.sites import SiteData, first_exposure
+from fednano.unlearning.start import Start, fila_start, plain_start
 from fednano.unlearning.workspace import Probe, Workspace
 
-__all__ = ["unlearn"]
+__all__ = ["carry_out", "unlearn", "untouched"]
 
 
 def _say_nothing(_: RoundRecord) -> None:
@@ -79,19 +71,24 @@ def unlearn(
         sites=sites,
         perturbed=perturbed,
         seed=request.seed,
+        withheld=request.withheld,
     ) as work:
         exposure = first_exposure(
             work.folder, work.config, work.sites[request.client], request.client, work.scope.forget
         )
         if exposure is None:
-            return _untouched(request, work, began)
-        return _Job(request, work, exposure, progress, stop, began).run()
+            return untouched(request, work.leaves, began, ignored=work.scope.ignored)
+        parties = LocalParties(work, request, get_method(request.method), stop)
+        return carry_out(request, parties, exposure, work.scope.ignored, progress=progress, began=began)
 
 
-def _untouched(request: UnlearnRequest, work: Workspace, began: float) -> UnlearnOutcome:
+def untouched(
+    request: UnlearnRequest, leaves: Mapping[str, Tensor], began: float, *, ignored: tuple[str, ...] = ()
+) -> UnlearnOutcome:
+    """The outcome of a job whose samples no round has trained on: nothing is done."""
     return UnlearnOutcome(
         status="never trained on",
-        leaves=dict(work.leaves),
+        leaves=dict(leaves),
         best_round=0,
         records=[],
         before=None,
@@ -101,39 +98,60 @@ def _untouched(request: UnlearnRequest, work: Workspace, began: float) -> Unlear
         pairs={},
         exact=True,
         first_exposure=None,
-        ignored=work.scope.ignored,
+        ignored=ignored,
         client_seconds=0.0,
         seconds=time.monotonic() - began,
         request=request,
     )
 
 
+def carry_out(
+    request: UnlearnRequest,
+    parties: Parties,
+    exposure: int,
+    ignored: tuple[str, ...],
+    *,
+    progress: Callable[[RoundRecord], None],
+    began: float,
+) -> UnlearnOutcome:
+    """Unlearn with whatever parties there are.
+
+    Args:
+        request: what to forget, and how.
+        parties: who holds the samples.
+        exposure: the first round of the run that trained on one of them.
+        ignored: ids that the owner only held out.
+        progress: called after each round.
+        began: `time.monotonic` at the start.
+
+    Raises:
+        ConfigError: the method does not fit the run's adapter, or these parties.
+    """
+    return _Job(request, parties, exposure, ignored, progress, began).run()
+
+
 class _Job:
-    """One call of `unlearn`, after everything is loaded."""
+    """One job, after everything is loaded."""
 
     def __init__(
         self,
         request: UnlearnRequest,
-        work: Workspace,
+        parties: Parties,
         exposure: int,
+        ignored: tuple[str, ...],
         progress: Callable[[RoundRecord], None],
-        stop: Callable[[], bool],
         began: float,
     ) -> None:
-        self.request, self.work, self.exposure = request, work, exposure
-        self.progress, self.stop, self.began = progress, stop, began
+        self.request, self.parties, self.exposure, self.ignored = request, parties, exposure, ignored
+        self.progress, self.began = progress, began
         self.method: Method = get_method(request.method)
         self.records: list[RoundRecord] = []
         self.client_seconds = 0.0
-        self.forget = work.data(work.scope.forget)
-        self.retain: dict[str, ClientData] = {
-            name: work.data(samples) for name, samples in work.scope.retain.items()
-        }
 
     def run(self) -> UnlearnOutcome:
-        work = self.work
-        self.before = work.measure(work.leaves)
-        unseen = work.unseen(work.leaves)
+        parties = self.parties
+        self.before = parties.measure(parties.leaves)
+        unseen = self.before.unseen
         self.thresholds: dict[str, float | None] = {
             "ma": unseen.ma,
             "el": unseen.el,
@@ -141,26 +159,36 @@ class _Job:
         }
         if self.method.exact:
             return self._retrain()
-        start = make_start(self.request, self.method, work, self.forget, self.retain)
+        start = self._start()
         self.client_seconds += start.seconds
         status, leaves, best = self._rounds(start)
-        pairs = change_pairs(work.edge, start.prepared, leaves) if start.prepared and best else {}
+        pairs = change_pairs(parties.edge, start.prepared, leaves) if start.prepared and best else {}
         return self._outcome(status, leaves, best, start.facts, pairs, exact=False)
 
+    def _start(self) -> Start:
+        parties = self.parties
+        if not self.method.fila:
+            return plain_start(parties.edge, parties.leaves)
+        if not can_factorise(parties.edge):
+            raise ConfigError(
+                "FILA needs adapters whose change is a product of two factors, such as a linear 'nano' or 'lora'; this "
+                f"run has {parties.edge.spec()}. Use the method 'ihl', which needs none."
+            )
+        return fila_start(parties.edge, parties.leaves, parties.rows(), self.request.rank)
+
     def _rounds(self, start: Start) -> tuple[Status, dict[str, Tensor], int]:
-        request, work = self.request, self.work
-        current, best, best_round, lowest = start.leaves, dict(work.leaves), 0, math.inf
+        request, parties = self.request, self.parties
+        current, best, best_round, lowest = start.leaves, dict(parties.leaves), 0, math.inf
         too_costly = False
-        reference, refusal = self._reference(current)
         for number in range(1, request.rounds + 1):
             try:
-                current, results = self._round(number, current, start, reference, refusal)
+                current, done = self._round(RoundPlan(number, current, start.moving, start.leaves))
             except Interrupted:
                 return "stopped", best, best_round
             except (TrainingDiverged, UpdateRefused):
                 return "diverged", best, best_round
-            probe = work.probe(current)
-            record = self._record(number, request.rounds, probe, results, current)
+            results, moved = [each.result for each in done], sum(each.bytes for each in done)
+            record = self._record(number, request.rounds, parties.probe(current), results, moved)
             if not math.isfinite(record.forget_loss) or not math.isfinite(record.utility):
                 return "diverged", best, best_round
             self.records.append(record)
@@ -172,82 +200,22 @@ class _Job:
             too_costly = too_costly or record.forgotten
         return ("utility floor" if too_costly else "round limit"), best, best_round
 
-    def _reference(self, leaves: Mapping[str, Tensor]) -> tuple[Reference | None, ClientData | None]:
-        """The model before, for the methods whose loss looks back at it, and the refusals that some teach."""
-        work = self.work
-        if self.method.forget not in ("npo", "preference", "refusal") and self.method.retain != "kl":
-            return None, None
-        work.edge.load_travelling(leaves)
-        refusal = refusals(self.forget, work.edge, work.features)
-        return reference_of(work.edge, work.llm, self.forget, refusal), refusal
-
-    def _round(
-        self,
-        number: int,
-        leaves: dict[str, Tensor],
-        start: Start,
-        reference: Reference | None,
-        refusal: ClientData | None,
-    ) -> tuple[dict[str, Tensor], list[LocalResult]]:
-        request, work = self.request, self.work
-        owner = work.scope.owner
-        spec, rule = spec_of(work.edge, work.config), create_rule("fedavg")
-        state = rule.init(spec, current=leaves, round=number)
-        results = []
-        parties = sorted({owner, *self.retain})
-        for name in parties:
-            if self.stop():
-                raise Interrupted(f"unlearning was asked to end in round {number}.")
-            work.edge.load_travelling(leaves)
-            mine = name == owner
-            result = steps(
-                work.edge,
-                work.llm,
-                self._settings(),
-                retain=self.retain.get(name),
-                moving=start.moving,
-                seed=request.seed,
-                client=name,
-                round_number=number,
-                method=self.method if mine else None,
-                forget=self.forget if mine else None,
-                refusal=refusal if mine else None,
-                reference=reference if mine else None,
-            )
-            self.client_seconds += result.seconds
-            update = Update(
-                client=name,
-                round=number,
-                weight=float(max(1, len(parties) - 1)) if mine else 1.0,
-                leaves=work.edge.travelling(),
-                spec=spec.spec,
-                basis=spec.basis,
-            )
-            validate(update, spec, round=number)
-            state = rule.add(state, update)
-            results.append(result)
+    def _round(self, plan: RoundPlan) -> tuple[dict[str, Tensor], list[Contribution]]:
+        parties = self.parties
+        spec, rule = spec_of(parties.edge, parties.config), create_rule("fedavg")
+        state = rule.init(spec, current=plan.leaves, round=plan.number)
+        done = parties.round(plan)
+        self.client_seconds += sum(each.result.seconds for each in done)
+        for each in done:
+            validate(each.update, spec, round=plan.number)
+            state = rule.add(state, each.update)
         merged = rule.finish(state)
         # What nobody trained keeps its bits; the mean in fixed point may round the last one.
-        still = {name: start.moving[name].to(leaf.device) for name, leaf in merged.items()}
-        return {name: leaf.where(still[name], leaves[name]) for name, leaf in merged.items()}, results
-
-    def _settings(self) -> LocalSettings:
-        config, request = self.work.config, self.request
-        return LocalSettings(
-            steps=request.steps,
-            batch_size=request.batch_size,
-            learning_rate=request.learning_rate or config.learning_rate,
-            optimizer=config.optimizer,
-            clip_norm=config.clip_norm,
-        )
+        still = {name: plan.moving[name].to(leaf.device) for name, leaf in merged.items()}
+        return {name: leaf.where(still[name], plan.leaves[name]) for name, leaf in merged.items()}, done
 
     def _record(
-        self,
-        number: int,
-        rounds: int,
-        probe: Probe,
-        results: list[LocalResult],
-        leaves: Mapping[str, Tensor],
+        self, number: int, rounds: int, probe: Probe, results: list[LocalResult], moved: int
     ) -> RoundRecord:
         retain = [r.retain_loss for r in results if r.retain_loss is not None]
         floor, ma, el = (self.thresholds[name] for name in ("utility", "ma", "el"))
@@ -255,7 +223,6 @@ class _Job:
         assert ma is not None
         forget = probe.forget
         short = forget.el is None or el is None
-        payload = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
         return RoundRecord(
             round=number,
             rounds=rounds,
@@ -270,34 +237,30 @@ class _Job:
             acceptable=probe.utility >= floor,
             forgotten=forget.ma <= ma and (short or float(forget.el or 0) <= float(el or 0)),
             client_seconds=sum(r.seconds for r in results),
-            bytes=2 * payload * len(results),
+            bytes=moved,
         )
 
     def _retrain(self) -> UnlearnOutcome:
-        work = self.work
-        origin = starting_point(work.folder, self.exposure, work.untuned)
-        leaves, best = origin[1], origin[0]
+        parties = self.parties
+        origin, leaves, rounds = parties.retrained(self.exposure)
+        best = origin
         try:
-            for done in retrain(
-                work.config,
-                work.edge,
-                work.llm,
-                self.retain,
-                participants(work.folder),
-                origin,
-                stop=self.stop,
-            ):
+            for done in rounds:
                 self.client_seconds += done.seconds
                 leaves, best = done.leaves, done.round
                 result = LocalResult(None, done.loss, 0, done.steps, done.seconds)
-                record = self._record(done.round, work.config.rounds, work.probe(leaves), [result], leaves)
+                payload = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
+                total = parties.config.rounds
+                record = self._record(
+                    done.round, total, parties.probe(leaves), [result], 2 * payload * done.clients
+                )
                 self.records.append(record)
                 self.progress(record)
         except Interrupted:
-            return self._outcome("stopped", dict(work.leaves), 0, {}, {}, exact=False)
+            return self._outcome("stopped", dict(parties.leaves), 0, {}, {}, exact=False)
         except (TrainingDiverged, UpdateRefused):
-            return self._outcome("diverged", dict(work.leaves), 0, {}, {}, exact=False)
-        facts = {"from_round": origin[0], "first_exposure": self.exposure}
+            return self._outcome("diverged", dict(parties.leaves), 0, {}, {}, exact=False)
+        facts = {"from_round": origin, "first_exposure": self.exposure}
         return self._outcome("retrained", leaves, best, facts, {}, exact=True)
 
     def _outcome(
@@ -317,14 +280,15 @@ class _Job:
             best_round=best,
             records=self.records,
             before=self.before,
-            after=self.before if unchanged else self.work.measure(leaves),
+            after=self.before if unchanged else self.parties.measure(leaves),
             thresholds=self.thresholds,
             start=facts,
             pairs=pairs,
             exact=exact,
             first_exposure=self.exposure,
-            ignored=self.work.scope.ignored,
+            ignored=self.ignored,
             client_seconds=self.client_seconds,
             seconds=time.monotonic() - self.began,
             request=self.request,
+            notes=tuple(self.parties.notes),
         )

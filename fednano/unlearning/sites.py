@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fednano.data import Sample
@@ -13,17 +13,24 @@ from fednano.federation.model import client_name, hold_out, load_training_data, 
 from fednano.runs import RunFolder
 from fednano.runs.tombstones import read_tombstones
 from fednano.training.data import draw
+from fednano.training.seeds import generator
 
 __all__ = [
     "Scope",
     "Site",
     "SiteData",
     "first_exposure",
+    "first_rounds",
     "own_site",
     "participants",
     "simulated_sites",
+    "some",
     "split_scope",
+    "withhold",
 ]
+
+PROBE_SAMPLES = 128
+"""Most samples of each kind in a measurement, except for the forget set, which is measured whole."""
 
 
 class SiteData(Protocol):
@@ -131,6 +138,60 @@ def split_scope(sites: Mapping[str, SiteData], owner: str, ids: Iterable[str]) -
     }
     trained = {sample.id for sample in forget}
     return Scope(owner, forget, retain, held, tuple(sorted(wanted - trained)))
+
+
+def withhold(scope: Scope, ids: Iterable[str]) -> Scope:
+    """A scope whose owner keeps nothing of ``ids``: named by a request, but never trained on, so not to be forgotten.
+
+    Raises:
+        DataError: nothing would be left to retain.
+    """
+    gone, owner = set(ids), scope.owner
+    if not gone:
+        return scope
+
+    def kept(sets: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+        return {n: [s for s in own if n != owner or s.id not in gone] for n, own in sets.items()}
+
+    retain = {name: samples for name, samples in kept(scope.retain).items() if samples}
+    if not retain:
+        raise DataError("nothing would be retained in this run. Delete the run instead.")
+    return replace(scope, retain=retain, held_out=kept(scope.held_out))
+
+
+def some(
+    samples: list[Sample], seed: int, kind: str, *, most: int = PROBE_SAMPLES, shuffle: bool = True
+) -> list[Sample]:
+    """At most ``most`` samples to measure by, always the same ones for a seed and a kind."""
+    if len(samples) <= most:
+        return samples
+    if not shuffle:
+        return samples[:most]
+    order = generator(seed, "probe", kind).permutation(len(samples))[:most]
+    return [samples[int(index)] for index in sorted(order)]
+
+
+def first_rounds(
+    config: RunConfig, train: Sequence[Sample], site: str, rounds: Sequence[int], epoch: int
+) -> dict[str, int]:
+    """Sample id to the first round that trained on it; ids that no round drew are absent.
+
+    Args:
+        config: the run's settings.
+        train: the site's training samples, in order.
+        site: its name.
+        rounds: those whose merged adapter holds an update of the site.
+        epoch: of the run's tombstones. After a commit rounds drew from fewer samples; then every sample counts from the
+            first round: rather one too early than one too late.
+    """
+    if epoch:
+        return {sample.id: rounds[0] for sample in train} if rounds else {}
+    first: dict[str, int] = {}
+    for number in rounds:
+        start = (number - 1) * config.samples
+        for index in draw(len(train), config.samples, seed=config.seed, client=site, start=start):
+            first.setdefault(train[index].id, number)
+    return first
 
 
 def participants(folder: RunFolder) -> dict[int, list[str]]:

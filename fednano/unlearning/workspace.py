@@ -18,20 +18,23 @@ from fednano.federation.messages import HostTicket
 from fednano.federation.model import connect, use_threads
 from fednano.federation.server import config_of
 from fednano.models.edge import NanoEdge
-from fednano.models.language import LocalLLM
+from fednano.models.language import LanguageModel, LocalLLM
 from fednano.runs import RunFolder
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
-from fednano.training.seeds import generator
-from fednano.unlearning.measure import Measurement, Perturbed, SetScores, attacks, score_set
-from fednano.unlearning.metrics import TokenScores, exact_memorisation, probability
+from fednano.unlearning.measure import (
+    Measurement,
+    Perturbed,
+    SetScores,
+    mean_probability,
+    measure_site,
+    score_set,
+)
+from fednano.unlearning.metrics import exact_memorisation, probability
 from fednano.unlearning.probe import require_local, token_scores
-from fednano.unlearning.sites import Scope, SiteData, simulated_sites, split_scope
+from fednano.unlearning.sites import Scope, SiteData, simulated_sites, some, split_scope, withhold
 
-__all__ = ["Probe", "Workspace"]
-
-PROBE_SAMPLES = 128
-"""Most samples of each kind in a measurement, except for the forget set, which is measured whole."""
+__all__ = ["Probe", "Workspace", "utility_of"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Workspace:
         sites: site to its samples; by default the simulated ones of the run.
         perturbed: sample id to other answers, for truth ratios.
         seed: of what is sampled to measure by.
+        withheld: ids of the owner's that nothing is to be learnt from either, though no round has trained on them.
 
     Raises:
         RunError: there is no such run, it has not finished, or its base model is another one now.
@@ -77,12 +81,13 @@ class Workspace:
         sites: Mapping[str, SiteData] | None = None,
         perturbed: Mapping[str, Perturbed] | None = None,
         seed: int = 0,
+        withheld: Sequence[str] = (),
     ) -> None:
         self.folder = RunFolder.open(run, root=runs_dir)
         self.leaves, info = self.folder.load_adapter()
         settings = config_of(self.folder)
         self.sites = sites if sites is not None else simulated_sites(self.folder, settings)
-        self.scope: Scope = split_scope(self.sites, owner, ids)
+        self.scope: Scope = withhold(split_scope(self.sites, owner, ids), withheld)
         self.perturbed, self.seed = perturbed, seed
         use_threads(settings)
         self.config: RunConfig
@@ -107,9 +112,10 @@ class Workspace:
             )
         cache = Path(self.config.cache_dir) if self.config.cache_dir else self.folder.path / "cache"
         self.features = FeatureCache(self.edge.edge, cache)
-        self._tests = self._some(list(load_dataset(self.config.dataset, "test")), "test")
-        self._unseen = self._some(
+        self._tests = some(list(load_dataset(self.config.dataset, "test")), seed, "test")
+        self._unseen = some(
             [*self.scope.held_out[owner], *self._tests],
+            seed,
             "unseen",
             most=max(32, len(self.scope.forget)),
             shuffle=False,
@@ -137,67 +143,40 @@ class Workspace:
         forget = score_set(self.edge, self.llm, self.data(self.scope.forget))
         return Probe(forget, *self._utility())
 
-    def unseen(self, leaves: Mapping[str, Tensor]) -> SetScores:
-        """Scores of samples that were never trained on: what 'forgotten' looks like."""
-        self.edge.load_travelling(leaves)
-        return score_set(self.edge, self.llm, self.data(self._unseen))
-
     def measure(self, leaves: Mapping[str, Tensor]) -> Measurement:
         """Everything, for any adapter of the run's kind: before, after, or retrained."""
         owner = self.scope.owner
         kept = self.scope.retain.get(owner) or [s for own in self.scope.retain.values() for s in own]
         sets = {
             "forget": self.data(self.scope.forget),
-            "retain": self.data(self._some(kept, "retain")),
+            "retain": self.data(some(kept, self.seed, "retain")),
             "unseen": self.data(self._unseen),
         }
-        self.edge.load_travelling(self.untuned)
-        before = {name: self._tokens(sets[name]) for name in ("forget", "unseen")}
-        self.edge.load_travelling(leaves)
-        scores = {name: self._tokens(data) for name, data in sets.items()}
-        scored = {
-            name: score_set(
-                self.edge,
-                self.llm,
-                data,
-                scores=scores[name],
-                features=self.features,
-                perturbed=self.perturbed if name == "forget" else None,
-                el=name != "retain",
-            )
-            for name, data in sets.items()
-        }
-        found, leak = attacks(
-            scores["forget"],
-            scores["unseen"],
-            texts=tuple([s.answer for s in sets[name].samples] for name in ("forget", "unseen")),  # type: ignore[arg-type]
-            reference=(before["forget"], before["unseen"]),
+        site = measure_site(
+            self.edge,
+            self.llm,
+            self.features,
+            sets,
+            leaves=leaves,
+            untuned=self.untuned,
+            perturbed=self.perturbed,
             seed=self.seed,
         )
         utility, accuracy = self._utility()
         clients = {
-            name: fmean(map(probability, self._tokens(self.data(self._some(held, name)))))
+            name: mean_probability(self.edge, self.llm, self.data(some(held, self.seed, name)))
             for name, held in self.scope.held_out.items()
             if held
         }
         return Measurement(
-            scored["forget"], scored["retain"], scored["unseen"], utility, accuracy, clients, found, leak
+            site.forget, site.retain, site.unseen, utility, accuracy, clients, site.attacks, site.priv_leak
         )
 
-    def _tokens(self, data: ClientData) -> list[TokenScores]:
-        return token_scores(self.edge, self.llm, data)
-
     def _utility(self) -> tuple[float, float]:
-        scores = self._tokens(self.data(self._tests))
-        return fmean(map(probability, scores)), fmean(exact_memorisation(each) == 1 for each in scores)
+        return utility_of(self.edge, self.llm, self.data(self._tests))
 
-    def _some(
-        self, samples: list[Sample], kind: str, *, most: int = PROBE_SAMPLES, shuffle: bool = True
-    ) -> list[Sample]:
-        """At most ``most`` samples, always the same ones."""
-        if len(samples) <= most:
-            return samples
-        if not shuffle:
-            return samples[:most]
-        order = generator(self.seed, "probe", kind).permutation(len(samples))[:most]
-        return [samples[int(index)] for index in sorted(order)]
+
+def utility_of(edge: NanoEdge, llm: LanguageModel, tests: ClientData) -> tuple[float, float]:
+    """Mean answer probability on the test questions, and the share of those whose whole answer is the likeliest."""
+    scores = token_scores(edge, llm, tests)
+    return fmean(map(probability, scores)), fmean(exact_memorisation(each) == 1 for each in scores)

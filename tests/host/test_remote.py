@@ -50,6 +50,31 @@ def test_losses_and_gradients_equal_the_local_ones(
                 assert relative(got[1], want[1]) < 1e-6
 
 
+@settings(max_examples=10, deadline=None)
+@given(rows=rows, seed=st.integers(0, 2**31), chunk=st.sampled_from([7, 1 << 20]))
+def test_token_scores_equal_the_local_ones_and_the_model_itself(
+    local: LocalLLM, host: RunningHost, rows: list[tuple[int, int]], seed: int, chunk: int
+) -> None:
+    embeds, mask, labels = make_batch([n for n, _ in rows], [p for _, p in rows], seed)
+    with connect(host, chunk_bytes=chunk) as remote:
+        found, here = remote.score(embeds, mask, labels), local.score(embeds, mask, labels)
+    assert all(torch.equal(a, b) for a, b in zip(found, here, strict=True))
+    for scores, x, real, y in zip(found, embeds, mask.bool(), labels, strict=True):
+        out = local.part.decoder(inputs_embeds=x[real][None])  # the sample alone
+        logits = local.part.head(out.last_hidden_state[0, :-1]).double().detach()
+        kept = y[real][1:] != -100
+        log, wanted = logits[kept].log_softmax(-1), y[real][1:][kept]
+        assert len(scores) == len(wanted)
+        for row, each, token in zip(scores, log, wanted, strict=True):
+            others = torch.cat([each[:token], each[token + 1 :]])
+            mean = (each.exp() * each).sum()
+            deviation = ((each.exp() * each.square()).sum() - mean.square()).clamp(min=0).sqrt()
+            expected = torch.stack(
+                [each[token], (each.argmax() == token).double(), mean, deviation, others.max()]
+            )
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=6, deadline=None)
 @given(rows=rows, seed=st.integers(0, 2**31), new=st.integers(1, 9), chunk=st.sampled_from([11, 1 << 20]))
 def test_answers_equal_the_local_ones(

@@ -65,6 +65,11 @@ class LanguageHostStub:
                 request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateRequest.SerializeToString,
                 response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateReply.FromString,
                 _registered_method=True)
+        self.Score = channel.stream_stream(
+                '/fednano.host.v1.LanguageHost/Score',
+                request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepRequest.SerializeToString,
+                response_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
+                _registered_method=True)
         self.Generate = channel.stream_stream(
                 '/fednano.host.v1.LanguageHost/Generate',
                 request_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.GenerateRequest.SerializeToString,
@@ -121,6 +126,15 @@ class LanguageHostServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request_iterator, context):
+        """What the model says of each labelled token: its log-probability, whether it is the likeliest (0 or 1), the mean and
+        the standard deviation of the log-probability under the model itself, and the log-probability of the likeliest
+        other token. Five little-endian float64 a token, in chunks; `losses` and `gradient` stay empty. Has no side effect.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Generate(self, request_iterator, context):
         """Greedy answers. One reply per new token; with `client_embeds` the client answers each with its embeddings.
         """
@@ -160,6 +174,11 @@ def add_LanguageHostServicer_to_server(servicer, server):
                     servicer.PrivateStep,
                     request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateRequest.FromString,
                     response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateReply.SerializeToString,
+            ),
+            'Score': grpc.stream_stream_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepRequest.FromString,
+                    response_serializer=fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.SerializeToString,
             ),
             'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
@@ -329,6 +348,33 @@ class LanguageHost:
             '/fednano.host.v1.LanguageHost/PrivateStep',
             fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateRequest.SerializeToString,
             fednano_dot_host_dot_proto_dot_language__host__pb2.PrivateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fednano.host.v1.LanguageHost/Score',
+            fednano_dot_host_dot_proto_dot_language__host__pb2.StepRequest.SerializeToString,
+            fednano_dot_host_dot_proto_dot_language__host__pb2.StepReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,7 +40,7 @@ def commit(
     place = desk.place
     _, _, model = place.adapter()
     after = sha256_hex((place.staging(batch[0].batch) / "after.safetensors").read_bytes())
-    tombstones = _grown(desk, batch)
+    tombstones = _grown(desk, batch, outcome)
     index, previous = place.ledger.head()
     lines, receipts = [], {}
     for job in batch:
@@ -69,6 +69,7 @@ def commit(
                 "adapter_after": after,
                 "epoch": tombstones.epoch,
                 "committed": timestamp(),
+                **{k: v for k, v in outcome.get("facts", {}).items() if k not in batch[0].facts},
             },
             actor="worker",
             note="",
@@ -140,10 +141,21 @@ def roll_back(desk: Desk, identity: str, signer: Signer, *, actor: str, reason: 
         return [store.job(each) for each in ids]
 
 
-def _grown(desk: Desk, batch: Sequence[Job]) -> Tombstones:
+def _level(outcome: Mapping[str, Any]) -> float | None:
+    """What a later probe of the forgotten set is compared with."""
+    known = (
+        outcome["after"].get("forget", {}).get("exact_memorisation"),
+        outcome["before"].get("unseen", {}).get("exact_memorisation"),
+    )
+    found = [float(each) for each in known if isinstance(each, int | float)]
+    return max(found) if len(found) == len(known) else None
+
+
+def _grown(desk: Desk, batch: Sequence[Job], outcome: Mapping[str, Any]) -> Tombstones:
+    level = _level(outcome)
     old, registry = read_tombstones(desk.place.folder.path), desk.place.registry
     new = tuple(
-        Tombstone(job.id, job.site, registry.site(job.site).salt, frozenset(job.request["ids"]))
+        Tombstone(job.id, job.site, registry.site(job.site).salt, frozenset(job.request["ids"]), level)
         for job in batch
     )
     return Tombstones(old.epoch + 1, old.sets + new)
@@ -172,8 +184,8 @@ def _body(
             "kind": request["kind"],
             "sha256": scope_hash(request),
             "samples": len(request["ids"]),
-            "trained_on": job.facts.get("trained", NOT_AVAILABLE),
-            "first_round": job.facts.get("first_exposure", NOT_AVAILABLE),
+            "trained_on": _known(job, outcome, "trained"),
+            "first_round": _known(job, outcome, "first_exposure"),
             "ownership": job.facts.get("ownership", NOT_AVAILABLE),
         },
         "method": {name: request[name] for name in vars(Plan())},
@@ -193,6 +205,7 @@ def _body(
         "cost": {name: outcome[name] for name in ("seconds", "client_seconds", "bytes")},
         "rounds": outcome["rounds"],
         "stopped": outcome["stopped"],
+        "site_statement": outcome.get("statement") or NOT_AVAILABLE,
         "approximations": list(outcome["approximations"]),
         "approvals": sorted(each["public"] for each in desk.valid_approvals(job)),
         "tombstones_epoch": epoch,
@@ -202,3 +215,9 @@ def _body(
         "deadline_met": parse_time(deadline) >= now() if deadline else NOT_AVAILABLE,
         "limits": list(LIMITS),
     }
+
+
+def _known(job: Job, outcome: Mapping[str, Any], name: str) -> Any:
+    """A fact about the scope: from the request's judgement, else from the owner itself."""
+    found = job.facts.get(name, outcome.get("facts", {}).get(name))
+    return NOT_AVAILABLE if found is None else found

@@ -138,13 +138,15 @@ class RunHoldings:
         if not self._simulated and site not in self._data:
             return None
         if site not in self._held:
+            from fednano.unlearning.sites import first_rounds
+
             train, held = self._samples(site)
             rounds = self._rounds(site)
             forgotten = read_tombstones(self._folder.path)
             self._held[site] = Holding(
                 forgotten.keep(train),
                 forgotten.keep(held),
-                self._first_rounds(site, train, rounds, forgotten.epoch),
+                first_rounds(self._config(), train, site, rounds, forgotten.epoch),
             )
         return self._held[site]
 
@@ -202,20 +204,3 @@ class RunHoldings:
                 and "refused" not in row
             }
         )
-
-    def _first_rounds(
-        self, site: str, train: Sequence[Sample], rounds: Sequence[int], epoch: int
-    ) -> dict[str, int]:
-        from fednano.training.data import draw
-
-        if epoch:
-            # Rounds after a commit drew from fewer samples; rather one round too early than one too late.
-            return {sample.id: rounds[0] for sample in train} if rounds else {}
-        config = self._config()
-        first: dict[str, int] = {}
-        for number in rounds:
-            start = (number - 1) * config.samples
-            drawn = draw(len(train), config.samples, seed=config.seed, client=site, start=start)
-            for index in drawn:
-                first.setdefault(train[index].id, number)
-        return first

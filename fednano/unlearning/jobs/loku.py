@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome
     from fednano.unlearning.sites import SiteData
 
-__all__ = ["LokuRunner"]
+__all__ = ["LokuRunner", "result_of", "round_of", "with_reference"]
 
 _REASONS = {
     "round limit": "the round limit came before the forget set looked like unseen data; allow more rounds or steps",
@@ -44,11 +44,15 @@ class LokuRunner:
         from fednano.unlearning.runner import unlearn
 
         def tell(record: RoundRecord) -> None:
-            figures = (record.ihl, record.retain_loss, record.el, record.ma)
-            progress(Round(record.round, record.rounds, *figures))
+            progress(round_of(record))
 
         request = UnlearnRequest(
-            run=task.run, client=task.site, samples=task.samples, runs_dir=task.run.parent, **vars(task.plan)
+            run=task.run,
+            client=task.site,
+            samples=task.samples,
+            withheld=task.withheld,
+            runs_dir=task.run.parent,
+            **vars(task.plan),
         )
         sites = self._sites(task.run)
         outcome = unlearn(request, progress=tell, stop=stop, sites=sites)
@@ -78,6 +82,11 @@ class LokuRunner:
             own = own_site(config, str(folder))
             sites[name] = Site(forgotten.keep(own.train), forgotten.keep(own.held_out))
         return sites
+
+
+def round_of(record: RoundRecord) -> Round:
+    """A round as the worker and the live view have it."""
+    return Round(record.round, record.rounds, record.ihl, record.retain_loss, record.el, record.ma)
 
 
 def result_of(outcome: UnlearnOutcome, payload: bytes) -> Result:
@@ -125,4 +134,4 @@ def _approximations(outcome: UnlearnOutcome) -> tuple[str, ...]:
     fisher = outcome.start.get("fisher")
     if fisher:
         names.append(f"relative Fisher: {fisher}")
-    return tuple(names)
+    return (*names, *outcome.notes)

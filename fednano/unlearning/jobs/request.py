@@ -20,7 +20,7 @@ from fednano.security.keys import Signer, salted_hash, valid_signature
 from fednano.unlearning.jobs.job import now, parse_time, timestamp
 from fednano.unlearning.jobs.registry import Registry
 
-__all__ = ["KINDS", "Plan", "authenticate", "request_key", "scope_hash", "sign_request"]
+__all__ = ["KINDS", "Plan", "authenticate", "request_key", "scope_hash", "sign_request", "signed_by"]
 
 KINDS = ("samples", "subject", "class", "client")
 """Kinds of scope."""
@@ -100,6 +100,16 @@ def sign_request(
     }
     signature = signer.sign(_PURPOSE, canonical(request))
     return {"public_key": signer.public, "request": request, "signature": signature}
+
+
+def signed_by(envelope: object, public: str) -> bool:
+    """Whether a key has signed a request, whatever its age; content from outside may be anything."""
+    try:
+        checked = _shape(envelope)
+    except RequestRefused:
+        return False
+    signature = checked["signature"]
+    return bool(signature) and valid_signature(public, _PURPOSE, canonical(checked["request"]), signature)
 
 
 def scope_hash(request: Mapping[str, Any]) -> str:

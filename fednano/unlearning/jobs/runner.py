@@ -24,14 +24,20 @@ class Task:
     Attributes:
         run: the run folder.
         site: the owner.
-        samples: ids to forget, all of them trained on.
+        samples: ids to forget, all of them trained on; empty where only the site knows them.
         plan: how.
+        withheld: ids that the requests name, but that no round has trained on: nothing is to be learnt from them.
+        requests: the signed requests.
+        salt: with which the ids in them are hashed, hexadecimal.
     """
 
     run: Path
     site: str
     samples: tuple[str, ...]
     plan: Plan
+    withheld: tuple[str, ...] = ()
+    requests: tuple[dict[str, Any], ...] = ()
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ class Result:
         accepted: whether the stop rule's goals and the utility floor are met.
         reasons: why not, for people.
         approximations: names of what was approximated.
+        samples: how many were forgotten, where the worker does not know their ids.
+        statement: the owner's own signed statement of its figures; empty where there is none.
+        facts: what became known of the scope, to keep with the jobs.
     """
 
     payload: bytes
@@ -92,6 +101,9 @@ class Result:
     accepted: bool = True
     reasons: tuple[str, ...] = ()
     approximations: tuple[str, ...] = ()
+    samples: int = 0
+    statement: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner(Protocol):

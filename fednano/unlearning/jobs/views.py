@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fednano.errors import FednanoError, ReceiptInvalid
-from fednano.runs.tombstones import commit_pending, read_tombstones
+from fednano.runs.tombstones import commit_pending, read_alarms, read_tombstones
 from fednano.security.canonical import canonical, sha256_hex
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.job import Job
@@ -47,6 +47,7 @@ def details(desk: Desk, job: Job) -> dict[str, Any]:
         "batch": job.batch,
         "rounds": desk.store.rounds(job.batch) if job.batch else [],
         "facts": job.facts,
+        "alarms": read_alarms(desk.place.folder.path, job.id),
         "history": [vars(move) for move in desk.store.history(job.id)],
     }
 

@@ -37,6 +37,7 @@ def work(
     *,
     tell: Callable[[str], None] = lambda text: None,
     jobs: int | None = None,
+    remote: bool = False,
 ) -> list[Job]:
     """Finish what was cut off, then work on the queue until it is empty.
 
@@ -46,6 +47,7 @@ def work(
         signer: the server's key, which signs receipts and log.
         tell: shown to people while it happens.
         jobs: stop after so many batches; ``None`` for all.
+        remote: the runner reaches the samples at their site; their ids need not be known here.
 
     Returns:
         The jobs that were touched, as they stand now.
@@ -77,7 +79,7 @@ def work(
             touched |= {job.id for job in batch}
             done += 1
             try:
-                running = _run(desk, batch, runner, tell)
+                running = _run(desk, batch, runner, tell, remote=remote)
             except OwnerOffline as error:
                 waiting |= {job.id for job in batch}
                 _hand_back([store.job(job.id) for job in batch], store, f"waits: {error}", by=_WORKER)
@@ -88,7 +90,9 @@ def work(
     return [store.job(identity) for identity in sorted(touched)]
 
 
-def _run(desk: Desk, batch: list[Job], runner: Runner, tell: Callable[[str], None]) -> list[Job]:
+def _run(
+    desk: Desk, batch: list[Job], runner: Runner, tell: Callable[[str], None], *, remote: bool
+) -> list[Job]:
     """Have a batch unlearned and keep the outcome; returns the jobs that are ready to be judged."""
     place, store, name = desk.place, desk.store, batch[0].id
     ids = [job.id for job in batch]
@@ -106,7 +110,7 @@ def _run(desk: Desk, batch: list[Job], runner: Runner, tell: Callable[[str], Non
     ready: list[Job] = []
     with _ending(desk, ids):
         base, payload, info = place.adapter()
-        task = Task(place.folder.path, batch[0].site, _clear_ids(desk, batch), _plan(batch[0]))
+        task = _task(desk, batch, remote=remote)
         try:
             result = runner(task, progress=progress, stop=stop)
         except Interrupted:
@@ -124,7 +128,8 @@ def _run(desk: Desk, batch: list[Job], runner: Runner, tell: Callable[[str], Non
         )
         outcome = {k: v for k, v in vars(result).items() if k not in ("payload", "info")}
         write_json(
-            place.staging(name) / "outcome.json", {**outcome, "base": base, "samples": len(task.samples)}
+            place.staging(name) / "outcome.json",
+            {**outcome, "base": base, "samples": result.samples or len(task.samples)},
         )
         return store.move(
             ids, State.VERIFYING, actor=_WORKER, note=f"{result.rounds} rounds: {result.stopped}"
@@ -185,7 +190,8 @@ def _conclude(desk: Desk, batch: list[Job], signer: Signer, tell: Callable[[str]
         shutil.rmtree(place.staging(name), ignore_errors=True)
         tell(f"{_ids(batch)}: rejected: {reasons}. The adapter is as it was")
         return
-    commit(desk, batch, outcome, signer, secrets=_clear_ids(desk, batch))
+    wanted = _wanted(desk, batch)
+    commit(desk, batch, outcome, signer, secrets=() if wanted is None else (*wanted[0], *wanted[1]))
     tell(f"{_ids(batch)}: committed")
 
 
@@ -219,26 +225,38 @@ def _plan(job: Job) -> Plan:
     return Plan(**{name: job.request[name] for name in vars(Plan())})
 
 
-def _clear_ids(desk: Desk, batch: list[Job]) -> tuple[str, ...]:
-    """The samples of a batch that were trained on, in the site's order.
+def _task(desk: Desk, batch: list[Job], *, remote: bool) -> Task:
+    """What the runner is to do for a batch.
 
     Raises:
-        OwnerOffline: only the owner knows them, and its data is not here.
+        OwnerOffline: only the owner knows the samples, its data is not here, and the runner cannot reach it.
+    """
+    site, folder, plan = batch[0].site, desk.place.folder.path, _plan(batch[0])
+    if remote:
+        requests = tuple(job.envelope for job in batch)
+        return Task(folder, site, (), plan, requests=requests, salt=desk.place.registry.site(site).salt)
+    wanted = _wanted(desk, batch)
+    if wanted is None:
+        raise OwnerOffline(
+            f"the data of {site} is not on this machine. Work the queue where it is (fednano unlearn run --data "
+            f"{site}=FOLDER), or through the sites themselves (fednano unlearn run --superlink NAME)."
+        )
+    return Task(folder, site, wanted[0], plan, withheld=wanted[1])
+
+
+def _wanted(desk: Desk, batch: list[Job]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Ids of the samples of a batch, in the site's order: those that were trained on, and the others.
+
+    ``None`` where only the owner knows them.
     """
     site = batch[0].site
     holding = desk.holdings.holding(site)
     if holding is None:
-        raise OwnerOffline(
-            f"the data of {site} is not on this machine. Work the queue where it is: fednano unlearn run --data "
-            f"{site}=FOLDER"
-        )
-    wanted = {each for job in batch for each in job.request["ids"]}
-    salt = desk.place.registry.site(site).salt
-    return tuple(
-        sample.id
-        for sample in holding.train
-        if sample.id in holding.first_round and salted_hash(salt, "sample", sample.id) in wanted
-    )
+        return None
+    wanted, salt = {each for job in batch for each in job.request["ids"]}, desk.place.registry.site(site).salt
+    named = [s.id for s in holding.samples if salted_hash(salt, "sample", s.id) in wanted]
+    trained = {s.id for s in holding.train if s.id in holding.first_round}
+    return tuple(i for i in named if i in trained), tuple(i for i in named if i not in trained)
 
 
 def _unlearned(info: Mapping[str, Any], ids: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
 from fednano.unlearning.local import LocalSettings, reference_of, refusals, steps
 from fednano.unlearning.methods import get_method, method_names, method_table
-from fednano.unlearning.probe import extraction_likelihoods, token_logits, token_scores
+from fednano.unlearning.probe import extraction_likelihoods, token_scores
 from fednano.unlearning.targets import without_end
 
 Tuned = Callable[..., NanoEdge]
@@ -111,7 +111,7 @@ def test_kl_keeps_the_retained_distribution_nearer_than_ascent_alone(
         @torch.no_grad()
         def distribution() -> Tensor:
             batch = nano(*data.batch(range(9)))
-            return token_logits(llm, batch.embeds, batch.mask, batch.labels)[0].log_softmax(-1)
+            return llm.token_logits(batch.embeds, batch.mask, batch.labels)[0].log_softmax(-1)
 
         before = distribution()
         owner_steps(nano, llm, texts, name)

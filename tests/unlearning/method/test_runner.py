@@ -22,13 +22,12 @@ from fednano.runs import RunFolder, make_view
 from fednano.runs.tombstones import Tombstone, Tombstones, sample_hash, write_tombstones
 from fednano.training.answers import answer_losses
 from fednano.unlearning.measure import Comparison, Measurement, Perturbed, against_reference
-from fednano.unlearning.methods import get_method
 from fednano.unlearning.metrics import ForgetQuality
 from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome, UnlearnRequest
 from fednano.unlearning.retrain import retrain, starting_point
 from fednano.unlearning.runner import unlearn
 from fednano.unlearning.sites import first_exposure, participants, simulated_sites, split_scope
-from fednano.unlearning.start import make_start
+from fednano.unlearning.start import fila_start, plain_start, site_rows
 from fednano.unlearning.workspace import Workspace
 
 OWNER = "client-001"
@@ -198,9 +197,9 @@ def test_an_owner_without_retained_samples_compares_row_sums(finished: Any) -> N
         forget = work.data(work.scope.forget)
         others = {name: work.data(samples) for name, samples in work.scope.retain.items()}
         assert set(others) == {"client-000"}
-        start = make_start(request, get_method("loku"), work, forget, others)
+        start = fila_start(work.edge, work.leaves, site_rows(request, work, forget, others), request.rank)
         assert start.facts["fisher"].startswith("approximation: ratio of row sums")
-        plain = make_start(request, get_method("ihl"), work, forget, others)
+        plain = plain_start(work.edge, work.leaves)
         assert plain.prepared is None
         assert same(plain.leaves, work.leaves)
 

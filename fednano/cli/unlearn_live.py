@@ -1,0 +1,64 @@
+"""`fednano unlearn run --superlink`: have the server's app work on a run's queue through connected SuperNodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fednano.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fednano.unlearning.jobs.desk import Desk
+    from fednano.unlearning.jobs.job import Job
+
+__all__ = ["run_live"]
+
+
+def run_live(desk: Desk, superlink: str, app: Path, tell: Callable[[str], None]) -> list[Job]:
+    """Start the app with `flwr run`, wait for its end, and see what became of the jobs that were open.
+
+    Args:
+        desk: the run's desk.
+        superlink: name of the SuperLink in Flower's configuration.
+        app: folder of the Flower app.
+        tell: shown what Flower says.
+
+    Raises:
+        ConfigError: there is no app, or no `flwr` command.
+        RunError: Flower refused, or the app did not work on the queue; the jobs are as they were.
+    """
+    from fednano.unlearning.jobs.states import FINAL
+
+    if not (app / "pyproject.toml").is_file():
+        raise ConfigError(
+            f"no Flower app in {app.absolute()}: it has no pyproject.toml. Name its folder with --app."
+        )
+    desk.advance_all()
+    waiting = [job.id for job in desk.store.jobs() if job.state not in FINAL]
+    if not waiting:
+        return []
+    folder = desk.place.folder.path.absolute()
+    settings = {"unlearn": str(folder), "runs-dir": str(folder.parent)}
+    given = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+    flower = Path(sys.executable).with_name("flwr")
+    command = [str(flower), "run", str(app), superlink, "--stream", "--run-config", given]
+    events = len(desk.place.folder.events())
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{flower} cannot be started: {error.strerror}. Install flwr beside fednano."
+        ) from error
+    said = [event["text"] for event in desk.place.folder.events()[events:]]
+    for text in said:
+        tell(str(text).removeprefix("unlearning: "))
+    if done.returncode or not said:
+        last = "\n".join(done.stdout.strip().splitlines()[-8:])
+        raise RunError(f"the app did not work on the queue through {superlink!r}. Flower says:\n{last}")
+    return [desk.store.job(each) for each in waiting]
