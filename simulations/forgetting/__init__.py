@@ -1,0 +1,1 @@
+"""Parts of the unlearning study: its model, its data, its cells."""

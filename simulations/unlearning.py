@@ -1,0 +1,483 @@
+"""Unlearning methods compared with retraining, in a federation and in the setting of LoKU's paper in small.
+
+    python simulations/unlearning.py --tofu DATA/tofu --stories DATA/stories260k --jobs 8
+    python simulations/unlearning.py --tofu DATA/tofu --stories DATA/stories260k --small
+
+Parts ``tofu`` and ``easy-vqa``: four sites tune, one withdraws samples (`forgetting.federated`). Part ``language``: one
+language model memorises TOFU authors and unlearns some (`forgetting.language`). TOFU's files (MIT) and the two of
+stories260K (llama2.c, MIT) are read from the given folders, easy-VQA from its package.
+
+Each cell runs in a process of its own with one thread, and what it measured is kept under ``--work``: a study that was
+cut off goes on where it was. Every method is tuned in the same way, on a seed of its own that the results leave out: of
+the learning rates (and, for FILA in the federation, ranks), the one that forgets and keeps most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fednano.runs.atomic import write_json
+from fednano.unlearning.metrics import forget_quality, priv_leak
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "unlearning.json"
+FEDERATED = (*("loku", "ihl", "gradient_ascent", "gradient_difference", "kl", "npo", "simnpo", "dpo", "idk"),)
+RATES = (1e-3, 3e-3, 1e-2)
+"""Learning rates that are tried."""
+FILA_RANKS = {"tofu": (16, 64), "easy-vqa": (4, 16)}
+TUNING = 3
+"""The seed that methods are tuned on."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured, and where.
+
+    Attributes:
+        work: kept cells, models, runs.
+        tofu: TOFU's files.
+        stories: those of stories260K.
+        parts: ``"tofu"``, ``"easy-vqa"``, ``"language"``.
+        seeds: of the results.
+        epochs: in which the language model memorises.
+        rounds: most rounds of unlearning in the federation.
+        steps: steps of each site in such a round.
+        methods: in the federation; ``None``: all.
+        rates: learning rates that are tried.
+        ranks: of LoRA, in the paper's setting; those but 16 with the first seed only.
+        splits: of TOFU, in the paper's setting.
+    """
+
+    work: Path
+    tofu: Path
+    stories: Path
+    parts: tuple[str, ...] = ("tofu", "easy-vqa", "language")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 25
+    rounds: int = 12
+    steps: int = 1
+    methods: tuple[str, ...] = FEDERATED
+    rates: tuple[float, ...] = RATES
+    ranks: tuple[int, ...] = (4, 8, 16, 32)
+    splits: tuple[str, ...] = ("01", "05", "10")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        kind: which function makes it.
+        part: data set of a federation, or ``"language"``.
+        seed: its seed.
+        options: what else it is given.
+    """
+
+    kind: str
+    part: str
+    seed: int
+    options: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """For people, and for its file."""
+        return "-".join(
+            [
+                self.kind,
+                self.part,
+                str(self.seed),
+                *(f"{value:g}" if isinstance(value, float) else str(value) for _, value in self.options),
+            ]
+        )
+
+
+def cell(kind: str, part: str, seed: int, **options: Any) -> Cell:
+    """A `Cell` by keywords."""
+    return Cell(kind, part, seed, tuple(options.items()))
+
+
+def measure(study: Study, each: Cell) -> Row:
+    """Measure a cell, or read what was measured of it."""
+    mark = hashlib.sha256(repr((each, study.epochs, study.rounds, study.steps)).encode()).hexdigest()[:8]
+    path = study.work / "cells" / f"{each.name}-{mark}.json"
+    if not path.exists():
+        began, used = time.perf_counter(), time.process_time()
+        row = _KINDS[each.kind](study, each.part, each.seed, **dict(each.options))
+        head = {"part": each.part, "kind": each.kind, "seed": each.seed, **dict(each.options)}
+        write_json(
+            path,
+            {
+                **head,
+                **row,
+                "cell_seconds": time.perf_counter() - began,
+                "cpu_seconds": time.process_time() - used,
+            },
+        )
+    found: Row = json.loads(path.read_text())
+    return found
+
+
+def _base(study: Study, part: str, seed: int) -> Row:
+    from forgetting.federated import base
+
+    base(study.work, part, seed)
+    return {}
+
+
+def _reference(study: Study, part: str, seed: int) -> Row:
+    from forgetting.federated import reference
+
+    return reference(study.work, part, seed)
+
+
+def _federated(study: Study, part: str, seed: int, method: str, rate: float, rank: int, later: bool) -> Row:
+    from forgetting.federated import unlearned
+
+    plan = {
+        "method": method,
+        "rank": rank,
+        "learning_rate": rate,
+        "rounds": study.rounds,
+        "steps": study.steps,
+    }
+    return unlearned(study.work, part, seed, plan, later=later)
+
+
+def _memorise(study: Study, part: str, seed: int, split: str) -> Row:
+    from forgetting.language import memorise
+
+    seconds = memorise(study.work, study.tofu, study.stories, split, seed, epochs=study.epochs)
+    return {"seconds": seconds}
+
+
+def _judged(study: Study, part: str, seed: int, split: str) -> Row:
+    from forgetting.language import judged
+
+    return judged(study.work, study.tofu, study.stories, split, seed)
+
+
+def _language(study: Study, part: str, seed: int, method: str, rate: float, rank: int, split: str) -> Row:
+    from forgetting.language import unlearn_authors
+
+    return unlearn_authors(study.work, study.tofu, study.stories, split, method, rank, seed, rate)
+
+
+_KINDS: dict[str, Callable[..., Row]] = {
+    "base": _base,
+    "reference": _reference,
+    "federated": _federated,
+    "memorise": _memorise,
+    "judged": _judged,
+    "language": _language,
+}
+
+
+class Pool:
+    """Cells, several at a time, in stages."""
+
+    def __init__(self, study: Study, jobs: int) -> None:
+        self.study = study
+        self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+    def close(self) -> None:
+        """Wait for the processes to end."""
+        self._pool.shutdown()
+
+    def all(self, cells: Iterable[Cell]) -> dict[Cell, Row]:
+        """Measure all of them; in the order given."""
+        waiting = {self._pool.submit(measure, self.study, each): each for each in cells}
+        found: dict[Cell, Row] = {}
+        for done in as_completed(waiting):
+            found[waiting[done]] = row = done.result()
+            print(f"{len(found)}/{len(waiting)} {waiting[done].name} {row['cell_seconds']:.0f} s", flush=True)
+        return {each: found[each] for each in waiting.values()}
+
+
+def run(study: Study, jobs: int) -> list[Row]:
+    """The whole study; rows of the results."""
+    from forgetting.federated import prepare
+    from forgetting.language import BASELINES, LOW_RANK
+
+    federations = [part for part in study.parts if part != "language"]
+    language = "language" in study.parts
+    prepare(study.work, study.tofu, study.stories, [*study.seeds, TUNING])
+    pool = Pool(study, jobs)
+    try:
+        seeds = [*study.seeds, TUNING]
+        middle = study.splits[len(study.splits) // 2]
+        first = [cell("base", part, seed) for part in federations for seed in seeds]
+        if language:
+            first += [
+                cell("memorise", "language", seed, split=s)
+                for seed in study.seeds
+                for s in ("full", *study.splits)
+            ]
+            first += [cell("memorise", "language", TUNING, split=split) for split in ("full", middle)]
+        pool.all(first)
+
+        judged = [(TUNING, middle), *((seed, split) for seed in study.seeds for split in study.splits)]
+        second = [cell("judged", "language", seed, split=s) for seed, s in judged] if language else []
+        pool.all(second)
+        second = [cell("reference", part, seed) for part in federations for seed in study.seeds]
+        second += [
+            cell("federated", part, TUNING, method=method, rate=rate, rank=rank, later=False)
+            for part in federations
+            for method in study.methods
+            for rate in study.rates
+            for rank in (FILA_RANKS[part] if method == "loku" else (1,))
+        ]
+        if language:
+            second += [
+                cell("language", "language", TUNING, method=method, rate=rate, rank=16, split=middle)
+                for method in (*LOW_RANK, *BASELINES)
+                for rate in study.rates
+            ]
+        tuned = pool.all(second)
+        references = {(c.part, c.seed): row for c, row in tuned.items() if c.kind == "reference"}
+        best = _choose(row for c, row in tuned.items() if c.kind != "reference")
+
+        third = [
+            cell("federated", part, seed, method=method, **best[part, method], later=True)
+            for part in federations
+            for method in study.methods
+            for seed in study.seeds
+        ]
+        if language:
+            for split in study.splits:
+                for seed in study.seeds:
+                    for method in (*LOW_RANK, *BASELINES):
+                        ranks = study.ranks if method in LOW_RANK and seed == study.seeds[0] else (16,)
+                        rate = best["language", method]["rate"]
+                        third += [
+                            cell(
+                                "language", "language", seed, method=method, rate=rate, rank=rank, split=split
+                            )
+                            for rank in ranks
+                        ]
+        rows = list(pool.all(third).values())
+    finally:
+        pool.close()
+    for row in rows:
+        if row["kind"] == "federated":
+            compare(row, references[row["part"], row["seed"]])
+    return [*references.values(), *rows]
+
+
+def _choose(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    """For each method the settings that forget, and among those the ones that keep most."""
+    best: dict[tuple[str, str], tuple[tuple[float, ...], Row]] = {}
+    for row in rows:
+        if row["kind"] == "federated":
+            keeps = kept(row)
+            score: tuple[float, ...] = (
+                float(row["status"] == "reached"),
+                keeps if row["status"] == "reached" else -row["after_probability"],
+            )
+            plan = {"rate": row["rate"], "rank": row["rank"]}
+        else:
+            p = row["after_forget_quality"]["log10_p"]
+            forgotten = p >= math.log10(0.05)
+            score = (float(forgotten), row["after_utility"] if forgotten else p)
+            plan = {"rate": row["rate"]}
+        key = (row["part"], row["method"])
+        if key not in best or score > best[key][0]:
+            best[key] = (score, plan)
+    return {key: plan for key, (_, plan) in best.items()}
+
+
+def kept(row: Row) -> float:
+    """Utility after over before. Easy-VQA: mean answer probability on test questions. TOFU: on retained questions.
+
+    Nobody can know of authors that no site has trained on, so TOFU's test questions say nothing of utility.
+    """
+    ratio: float = row["retained_ratio"] if row["part"] == "tofu" else row["utility_ratio"]
+    return ratio
+
+
+def compare(row: Row, reference: Row) -> None:
+    """Put an unlearned adapter beside the retrained one, in place."""
+    for name in ("exact_memorisation", "extraction_strength", "probability"):
+        row[f"reference_{name}"] = reference[f"after_{name}"]
+    row["kept"], row["reference_kept"] = kept(row), kept(reference)
+    row["em_gap"] = abs(row["after_exact_memorisation"] - reference["after_exact_memorisation"])
+    row["es_gap"] = abs(row["after_extraction_strength"] - reference["after_extraction_strength"])
+    row["priv_leak"] = (
+        priv_leak(row["min_k_auc"], reference["min_k_auc"]) if reference["min_k_auc"] < 1 else None
+    )
+    if row["after_truth_ratios"] and reference["after_truth_ratios"]:
+        quality = forget_quality(row["after_truth_ratios"], reference["after_truth_ratios"])
+        row["forget_quality"] = {"p": quality.p, "d": quality.statistic, "n": quality.n}
+    row["cost_ratio"] = row["client_seconds"] / reference["client_seconds"]
+    # What comes back beyond what the retrained adapter learns of these samples from the same further rounds.
+    row["resurfaced"] = max(
+        0.0,
+        row["later_exact_memorisation"]
+        - max(row["after_exact_memorisation"], reference["later_exact_memorisation"]),
+    )
+
+
+def overall(rows: list[Row]) -> list[Row]:
+    """Means over the seeds: of each method of a federation; of each split, method and rank of the paper's setting."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "federated":
+            groups.setdefault((row["part"], row["method"], "", 0), []).append(row)
+        elif row["kind"] == "language":
+            groups.setdefault((row["part"], row["method"], row["split"], row["rank"]), []).append(row)
+    out = []
+    for (part, method, split, rank), own in groups.items():
+        mean: Row = {"part": part, "kind": "mean", "method": method, "seed": "all", "seeds": len(own)}
+        if split:
+            mean |= {"split": split, "rank": rank}
+        for name, value in own[0].items():
+            if name not in mean and isinstance(value, float):
+                values = [row[name] for row in own if isinstance(row.get(name), (int, float))]
+                mean[name] = fmean(values) if values else None
+        if "status" in own[0]:
+            mean["reached"] = sum(row["status"] == "reached" for row in own)
+        if part == "language":
+            mean["log10_p"] = fmean(row["after_forget_quality"]["log10_p"] for row in own)
+        out.append(mean)
+    return out
+
+
+def gates(means: list[Row]) -> list[Any]:
+    """What the method promised, as gates."""
+    from results import Gate  # type: ignore[import-not-found]
+
+    made = []
+    by = {(row["part"], row["method"]): row for row in means if row["part"] != "language"}
+    for part in sorted({part for part, method in by if method == "loku"}):
+        ours = by[part, "loku"]
+        made += [
+            Gate(f"{part}: loku, exact memorisation, distance to retrained", ours["em_gap"], 0.05, "<="),
+            Gate(f"{part}: loku, extraction strength, distance to retrained", ours["es_gap"], 0.05, "<="),
+            Gate(f"{part}: loku, utility over before", ours["kept"], 0.97, ">="),
+            Gate(f"{part}: loku, client-seconds over retraining's", ours["cost_ratio"], 0.10, "<="),
+            Gate(f"{part}: loku, back after five more rounds", ours["resurfaced"], 0.02, "<="),
+        ]
+        made += [
+            Gate(
+                f"{part}: loku's utility over that of {other}",
+                ours["kept"] - by[part, other]["kept"],
+                0.0,
+                ">=",
+            )
+            for other in ("gradient_ascent", "gradient_difference")
+            if (part, other) in by
+        ]
+    return made
+
+
+def draw(means: list[Row], path: Path) -> None:
+    """Forget quality over utility, a pane for each split, a line over the ranks of each method: the paper's figure."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    splits = sorted({row["split"] for row in means})
+    figure, panes = plt.subplots(1, len(splits), figsize=(5 * len(splits), 4), squeeze=False)
+    for split, pane in zip(splits, panes[0], strict=True):
+        for method in dict.fromkeys(row["method"] for row in means):
+            own = sorted(
+                (row for row in means if (row["split"], row["method"]) == (split, method)),
+                key=lambda row: row["rank"],
+            )
+            kept = [row["after_utility"] / row["before_utility"] for row in own]
+            pane.plot(kept, [row["log10_p"] for row in own], marker="o", label=method)
+        pane.axhline(math.log10(0.05), color="gray", linewidth=0.8, linestyle=":")
+        pane.set(title=f"forget{split}", xlabel="utility, after / before")
+    panes[0][0].set_ylabel("log10 of the forget quality's p")
+    panes[0][-1].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write(rows: list[Row], target: Path) -> list[Any]:
+    """The results file and its pictures; returns the gates."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from results import write_results
+
+    means = overall(rows)
+    promised = gates(means)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_results(target, rows=[*rows, *means], gates=promised)
+    language = [row for row in means if row["part"] == "language"]
+    if language:
+        try:
+            draw(language, target.with_suffix(".svg"))
+        except ImportError:
+            print("no matplotlib here: draw the picture elsewhere with --draw")
+    return promised
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is asked for, and write what is measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tofu", type=Path, required=True, help="folder with TOFU's JSON Lines")
+    parser.add_argument(
+        "--stories", type=Path, required=True, help="folder with stories260K.bin and tok512.bin"
+    )
+    parser.add_argument("--parts", nargs="+", default=list(Study.parts), choices=Study.parts)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(Study.seeds))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells measured at the same time, one thread each"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/unlearning-study"))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--small", action="store_true", help="one seed, few cells, for a look")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the picture of the results that are there"
+    )
+    options = parser.parse_args(arguments)
+    if options.draw:
+        rows = json.loads(options.json.read_text())["rows"]
+        draw(
+            [row for row in rows if row["kind"] == "mean" and row["part"] == "language"],
+            options.json.with_suffix(".svg"),
+        )
+        return 0
+    if TUNING in options.seeds:
+        parser.error(f"seed {TUNING} is the one that methods are tuned on; choose others")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    study = Study(
+        options.work.absolute(),
+        options.tofu.absolute(),
+        options.stories.absolute(),
+        tuple(options.parts),
+        tuple(options.seeds),
+    )
+    target = options.json
+    if options.small:
+        study = Study(
+            *(study.work / "small", study.tofu, study.stories, study.parts, study.seeds[:1], 4, 6, 1),
+            *(("loku", "gradient_difference"), (1e-3, 1e-2), (16,), ("05",)),
+        )
+        target = study.work / "unlearning.json" if target == RESULTS else target
+    missed = [gate for gate in write(run(study, options.jobs), target) if not gate.met]
+    for gate in missed:
+        print(f"MISSED {gate.name}: {gate.value:.4f} {gate.sense} {gate.bound:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
