@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "adapters", "training.objectives"},
     "security": {"errors", "runs.atomic"},
     "host": {"errors", "models", "security", "training.objectives"},
-    "training": {"errors", "adapters", "models", "data"},
+    "training": {"privacy.dp", "errors", "adapters", "models", "data"},
     "privacy": {"errors"},
     "federation": {
         "errors",

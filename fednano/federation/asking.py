@@ -167,7 +167,7 @@ def read_update(fed: Federation, rule: Rule, delivery: Delivery, started_from: L
         except Refusal as error:
             raise Refusal(error.reason, str(error), delivery.client) from error
     metrics = {
-        "loss": reply.metrics.get("initial-loss", reply.metrics["loss"]),
+        "loss": reply.metrics.get("initial-loss", reply.metrics.get("loss", math.nan)),
         "steps": reply.metrics.get("steps", 0.0),
     }
     if "learning-rate" in reply.metrics:

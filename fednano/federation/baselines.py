@@ -13,6 +13,7 @@ from fednano.errors import ConfigError
 from fednano.federation.config import RunConfig, parse_settings
 from fednano.federation.judging import judge_all, record_accuracy
 from fednano.federation.model import gathers
+from fednano.federation.private import check_private
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
 from fednano.federation.schedules import check_schedules
 from fednano.federation.secure import check_secure
@@ -98,6 +99,7 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
         )
     check_schedules(rule, config)
     check_secure(config, gathers(config))
+    check_private(rule, spec, config, gathers(config))
     if config.keep == "best" and {"personal", "personal_adapter"} & set(rule.client_config(1)):
         raise ConfigError(
             f"rule {rule.name!r} leaves personal adapters with the clients, which keep their last ones only, so keep "
@@ -108,6 +110,7 @@ def check_rule(rule: Rule, spec: Spec, config: RunConfig) -> None:
         spec.algebra,
         products=bool(spec.products),
         secure_aggregation=config.secure_aggregation,
+        differential_privacy=config.dp != "off",
         ranks_differ=bool(config.own_ranks),
         codec=config.codec,
         late=config.late == "buffer",

@@ -107,6 +107,7 @@ _PASSING = frozenset(
             "evaluate-clients-every",
         ),
         *("secure-aggregation", "secure-threshold"),
+        *("dp", "dp-clip", "dp-noise", "dp-epsilon", "dp-delta"),
     }
 )
 """Settings that come with each request and decide nothing about what a process loads."""
@@ -323,7 +324,7 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     after = _wire(llm)
     metrics = {
         **done.metrics,
-        "loss": done.outcome.loss,
+        **({} if config.dp == "sample" else {"loss": done.outcome.loss}),
         "samples": done.outcome.samples,
         "steps": done.outcome.steps,
         "seconds": done.outcome.seconds,
@@ -341,7 +342,13 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     reply = Reply(name, instruction.round, metrics, facts, done.leaves, done.fisher)
     if instruction.secure:
         rule = build_rule(config, config.rule)
-        return masked(reply, instruction, rule, worker.start, state_of(instruction, node, name))
+        return masked(
+            reply,
+            instruction,
+            rule,
+            {**worker.start, **instruction.leaves},
+            state_of(instruction, node, name),
+        )
     return reply
 
 

@@ -139,6 +139,14 @@ class RunConfig:
     secure_threshold: float = _setting(
         0.6, "share of a round's clients that must be left to add up securely; above 0.5"
     )
+    dp: str = _setting(
+        "off",
+        "differential privacy of the adapters: 'off', 'client' (whole clients) or 'sample' (single samples)",
+    )
+    dp_clip: float = _setting(1.0, "largest norm of a client's change, or of a sample's gradient")
+    dp_noise: float = _setting(1.0, "standard deviation of the noise over dp-clip")
+    dp_epsilon: float = _setting(0.0, "budget: a round that would cost more is not begun; 0 = no budget")
+    dp_delta: float = _setting(1e-5, "delta at which epsilon is counted")
     # Language model
     placement: str = _setting(
         "split", "'split': language model on the host; 'local': whole model at each client"
@@ -239,6 +247,8 @@ class RunConfig:
             raise ConfigError(
                 f"secure-threshold is {self.secure_threshold}; expected a number above 0.5 and at most 1."
             )
+        if not self.dp_delta < 1:
+            raise ConfigError(f"dp-delta is {self.dp_delta}; expected a number below 1, such as 1e-05.")
         if not 0 < self.lr_final <= 1:
             raise ConfigError(f"lr-final is {self.lr_final}; expected a number above 0 and at most 1.")
 
@@ -354,8 +364,19 @@ _AT_LEAST = {
     "max_new_tokens": 1,
     "seed": 0,
 }
-_POSITIVE = ("alpha", "learning_rate", "max_abs", "round_timeout", "join_timeout", "host_retry")
-_NON_NEGATIVE = ("weight_decay", "proximal_mu", "clip_norm", "over_select", "staleness", "max_norm")
+_POSITIVE = (
+    *("alpha", "learning_rate", "max_abs", "round_timeout", "join_timeout", "host_retry"),
+    *("dp_clip", "dp_noise", "dp_delta"),
+)
+_NON_NEGATIVE = (
+    "weight_decay",
+    "proximal_mu",
+    "clip_norm",
+    "over_select",
+    "staleness",
+    "max_norm",
+    "dp_epsilon",
+)
 _CHOICES = {
     "partition": ("dirichlet", "iid"),
     "activation": ("linear", "gelu"),
@@ -364,6 +385,7 @@ _CHOICES = {
     "lr_schedule": ("constant", "linear", "cosine"),
     "keep": ("last", "best"),
     "codec": ("fp32", "bf16", "fp16", "int8", "int4", "sign", "topk", "dct"),
+    "dp": ("off", "client", "sample"),
     "placement": ("split", "local"),
     "exchange": ("full", "factored", "label-private"),
     "wire_dtype": ("float32", "bfloat16", "float16", "int8"),

@@ -19,8 +19,8 @@ def failure_of(delivery: Delivery) -> str | None:
         return f"{reply.failure.kind}: {reply.failure.message}"
     if reply.leaves is None:
         return "the reply carries no adapter leaves"
-    if "loss" not in reply.metrics or "samples" not in reply.metrics:
-        return "the reply lacks its loss or its number of samples"
+    if "samples" not in reply.metrics:
+        return "the reply lacks its number of samples"
     return None
 
 
@@ -51,8 +51,10 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
     if delivery.asked != number:
         record["trained_for"] = delivery.asked
     if reason is None:
-        if "loss" in metrics:  # secure aggregation shows the server the sum over all clients only
-            record |= {"loss": metrics["loss"], "samples": int(metrics["samples"])}
+        # Neither is there under secure aggregation, no loss where samples are private.
+        record |= {name: metrics[name] for name in ("loss", "epsilon") if name in metrics}
+        if "samples" in metrics:
+            record["samples"] = int(metrics["samples"])
         record["encoded"] = int(metrics.get("encoded", 0))
         if metrics.get("start"):
             record["start_seconds"] = metrics["start"]
@@ -62,7 +64,8 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
     fed.folder.append_metrics(record)
     told = {"run": fed.folder.id, "phase": phase, "round": number, "site": delivery.client}
     if reason is None:
-        fed.auditor.record("update accepted", **told, samples=record["samples"])
+        known = {"samples": record["samples"]} if "samples" in record else {}
+        fed.auditor.record("update accepted", **told, **known)
     else:
         fed.auditor.record("update refused", **told, reason=reason[:500])
     fed.view.client_done(

@@ -8,6 +8,7 @@ from pathlib import Path
 from fednano.data import Sample, decode_image
 from fednano.federation.baselines import BaselineResult
 from fednano.federation.evaluator import Judgement
+from fednano.federation.private import privacy_of
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult
 from fednano.models.edge import NanoEdge
 from fednano.models.load import count_parameters
@@ -102,7 +103,8 @@ def summarise(
         dataset=config.dataset,
         phases=phases,
         test_samples=len(fed.evaluator.samples(config.final_samples)),
-        extra={"placement": config.placement, "spread": spread, "training_samples": wire.samples},
+        extra={"placement": config.placement, "spread": spread, "training_samples": wire.samples}
+        | ({"privacy": privacy_of(fed, result.rounds)} if config.dp != "off" else {}),
     )
 
 

@@ -13,6 +13,7 @@ from fednano.errors import ConfigError
 from fednano.federation.client_state import ClientState
 from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.messages import Instruction
+from fednano.federation.private import charge
 from fednano.federation.schedules import fit_rank
 from fednano.federation.uplink import codec_asked, pack_fisher, pack_update
 from fednano.models.edge import NanoEdge
@@ -20,6 +21,7 @@ from fednano.models.language import LanguageModel
 from fednano.training.data import ClientData, draw
 from fednano.training.fisher import empirical_fisher
 from fednano.training.local import TrainOutcome, TrainSettings, mean_loss, round_samples, train_local
+from fednano.training.private import Private, sampling_of, train_private
 from fednano.training.seeds import stream_seed
 
 __all__ = ["ADVICE", "Contribution", "Places", "compose", "contribute", "own_leaves", "train_settings"]
@@ -122,6 +124,7 @@ def contribute(
 
     Raises:
         ConfigError: the rule asks for something that this client cannot do.
+        BudgetSpent: single samples are protected, and the round would cost more than is left.
         TrainingDiverged: a loss, a gradient or a change is not finite; the memory stays as it was.
         RunError: the memory cannot be read or written.
     """
@@ -143,6 +146,13 @@ def contribute(
         metrics["initial-loss"] = mean_loss(edge, llm, data, order, batch_size=config.batch_size)
 
     def train(drift: Mapping[str, Tensor] | None = None) -> TrainOutcome:
+        if config.dp == "sample":
+            rate, steps = sampling_of(data, settings)
+            metrics["epsilon"] = charge(config, state, rate, steps)
+            private = Private(config.dp_clip, config.dp_noise)
+            return train_private(
+                edge, llm, data, settings, private, client=client, round_number=number, frozen=frozen
+            )
         return train_local(
             *(edge, llm, data, settings),
             seed=config.seed,

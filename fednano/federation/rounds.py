@@ -23,6 +23,7 @@ from fednano.federation.ledger import (
     save_round,
 )
 from fednano.federation.phase import MAIN_PHASE, Federation, Leaves, Merge, PhaseResult, WireTotals
+from fednano.federation.private import add_noise, bounded, cannot_afford, epsilon_so_far
 from fednano.federation.resurfacing import probe_forgotten
 from fednano.federation.schedules import at_rank, rank_at
 from fednano.federation.secure import merge_securely
@@ -62,12 +63,8 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
     outstanding = Outstanding()
     origins: dict[int, Leaves] = {}
     for number in range(first, config.rounds + 1):
-        if watch is not None and config.early_stop and watch.stale >= config.early_stop:
-            _say(
-                fed,
-                f"no better round for {watch.stale} judgements: stopped after round {result.rounds}.",
-                "info",
-            )
+        if why := _enough(fed, watch, number):
+            _say(fed, f"stopped after round {result.rounds}: {why}", "info")
             break
         _catch_up(fed, phase, rule, result)
         fed = _at_scheduled_rank(fed, result, number)
@@ -84,13 +81,13 @@ def run_rounds(fed: Federation, phase: str, rule: Rule, start: PhaseResult) -> P
         result.wire.add(wire)
         save_round(fed, phase, number, result)
         record = round_record(fed, phase, number, result, wire, time.monotonic() - began)
-        if done.state.report:
-            record["merge"] = done.state.report
-        if phase == MAIN_PHASE:
-            record |= probe_forgotten(fed, phase, number, result.tuned)
+        record |= _details(fed, phase, number, done, result)
         judge_round(fed, phase, number, result, record, rule=rule, watch=watch)
         reasons = done.failures.values()
         unreachable = bool(reasons) and all(text.startswith("HostUnavailable") for text in reasons)
+        if reasons and all(text.startswith("BudgetSpent") for text in reasons) and not done.merged:
+            _say(fed, f"stopped after round {number}: every client has spent its privacy budget.", "info")
+            break
         if reasons and not done.merged and (barren >= 2 or number == first or unreachable):
             if _catch_up(fed, phase, rule, result):  # no wonder: samples were forgotten while they trained
                 barren = 0
@@ -119,6 +116,22 @@ def _catch_up(fed: Federation, phase: str, rule: Rule, result: PhaseResult) -> b
     result.remember(rule, fed.spec, {})
     _say(fed, "samples were forgotten: going on from the committed adapter.", "info")
     return True
+
+
+def _enough(fed: Federation, watch: Watch | None, number: int) -> str:
+    """Why a round is not begun; empty where it is."""
+    least = fed.config.early_stop
+    if watch is not None and least and watch.stale >= least:
+        return f"no better round for {watch.stale} judgements."
+    return cannot_afford(fed.config, fed.nodes, number)
+
+
+def _details(fed: Federation, phase: str, number: int, done: Merge, result: PhaseResult) -> dict[str, object]:
+    """What the line of a round says of its merge, of privacy, and of forgotten samples."""
+    found: dict[str, object] = {"merge": done.state.report} if done.state.report else {}
+    if fed.config.dp != "off":
+        found |= epsilon_so_far(fed, phase, number)
+    return found | probe_forgotten(fed, phase, number, result.tuned) if phase == MAIN_PHASE else found
 
 
 def _watched(config: RunConfig) -> bool:
@@ -185,8 +198,11 @@ def _one_round(
             if reason is None:
                 try:
                     update = take_in(fed, rule, delivery, number, result.leaves, origins)
+                    if config.dp == "client":
+                        update = bounded(update, result.leaves, config)
                     merge.state = rule.add(merge.state, update)
-                    merge.losses.append((delivery.client, delivery.reply.metrics["loss"], update.weight))
+                    if "loss" in delivery.reply.metrics:
+                        merge.losses.append((delivery.client, delivery.reply.metrics["loss"], update.weight))
                     merge.merged[delivery.client] = delivery.asked
                 except UpdateRefused as error:
                     reason = str(error)
@@ -197,4 +213,6 @@ def _one_round(
             record_client(fed, phase, number, delivery, reason)
             if len(merge.merged) >= wanted:
                 break
+    if config.dp == "client" and merge.merged:
+        add_noise(merge.state, config)
     return merge

@@ -88,7 +88,8 @@ def merge_securely(
         return merge
     merge.merged = dict.fromkeys(session.merged(), number)
     weight = float(merge.state.weight)
-    merge.losses.append(("all together", rest[LOSS] / weight, weight))
+    if config.dp == "off":  # a sum of losses is no part of what noise covers
+        merge.losses.append(("all together", rest[LOSS] / weight, weight))
     return merge
 
 
@@ -151,6 +152,7 @@ class _Round:
                     "session": self.server.session,
                     "active": self.server.active(self.clients[name]),
                     "spec": spec,
+                    "least": self.server.plan.least if self.server.plan else 0,
                 },
             )
             for name, told in instructions.items()

@@ -21,6 +21,7 @@ from fednano.aggregation import LeafSpec, Product, Spec, Update, layout_of, vali
 from fednano.errors import RunError
 from fednano.federation.client_state import ClientState
 from fednano.federation.messages import Instruction, Reply
+from fednano.federation.private import bounded
 from fednano.privacy.secagg import Client, ProtocolError
 from fednano.privacy.secagg.keys import PUBLIC_BYTES, Public
 from fednano.runs.atomic import disk_advice, replace_file
@@ -103,13 +104,15 @@ def masked(
         weight=metrics["samples"],
         leaves=reply.leaves,
         fisher=reply.fisher,
-        metrics={"loss": metrics["loss"], "steps": metrics["steps"], "lr": metrics["learning-rate"]},
+        metrics={"steps": metrics["steps"], "lr": metrics["learning-rate"]},
     )
     needs_fisher = bool(rule.client_config(number).get("fisher"))
     validate(update, spec, round=number, names=rule.travelling(spec, number), needs_fisher=needs_fisher)
-    begun = {name: current[name] for name in spec.leaves}
+    begun, config = {name: current[name] for name in spec.leaves}, instruction.config
+    if config.dp == "client":  # the noise of as many as must be left is enough
+        update = bounded(update, begun, config, share=1.0 / int(instruction.secure["least"]))
     layout = layout_of(rule, spec, begun, round=number, extra=(LOSS,))
-    extra = {LOSS: metrics["loss"] * metrics["samples"]}
+    extra = {LOSS: metrics["loss"] * update.weight} if config.dp == "off" else {}
     vector = vector_of(layout, rule, spec, begun, update, round=number, extra=extra)
     client = _load(memory, bytes(instruction.secure["session"]))
     hidden = client.mask(vector, list(instruction.secure["active"]))
@@ -119,8 +122,9 @@ def masked(
     return Reply(reply.client, number, seen, reply.facts, {"masked": words})
 
 
-_TRAFFIC = ("seconds", "encoded", "step-sent", "step-received", "step-samples")
-"""What the server may know of a client's training: the language host sees it anyway."""
+_TRAFFIC = ("seconds", "encoded", "step-sent", "step-received", "step-samples", "epsilon")
+"""What the server may know of a client's training: the language host sees it anyway, and what privacy cost is
+public."""
 
 
 def packed(messages: Mapping[int, bytes]) -> dict[str, Tensor]:

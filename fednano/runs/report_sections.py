@@ -142,7 +142,18 @@ def tiles(data: ReportData) -> list[tuple[str, str, str]]:
         (format_count(count["edge"]), "parameters at each client", f"{edge:.3g} % of the model"),
         (format_bytes(both), "adapters, a client and round", "up and down, as sent"),
         (format_bytes(step), "activations, a sample and step", "up and down, as sent"),
+        *_privacy_tile(summary),
     ]
+
+
+def _privacy_tile(summary: Summary) -> list[tuple[str, str, str]]:
+    privacy = summary.extra.get("privacy")
+    if not privacy:
+        return []
+    remark = (
+        f"of each {privacy['unit']} at δ = {privacy['delta']:g}, noise by the {privacy['noise_added_by']}"
+    )
+    return [(f"ε = {privacy['epsilon']:.3g}", "differential privacy", remark)]
 
 
 def phase_rows(summary: Summary) -> list[dict[str, Any]]:

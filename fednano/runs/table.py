@@ -49,6 +49,9 @@ def final_rows(summary: Summary, report: Path | None = None) -> list[tuple[str, 
         ),
         ("Wall time", f"{summary.wall_seconds:.0f} s"),
     ]
+    if privacy := summary.extra.get("privacy"):
+        spent = f"epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:g}, for each {privacy['unit']}"
+        rows.append(("Privacy spent", spent))
     if report is not None:
         rows.append(("Report", str(report)))
     return rows

@@ -22,15 +22,31 @@ __all__ = ["empirical_fisher", "per_sample_gradients"]
 
 
 def per_sample_gradients(
-    edge: NanoEdge, llm: LanguageModel, data: ClientData, indices: Sequence[int]
+    edge: NanoEdge,
+    llm: LanguageModel,
+    data: ClientData,
+    indices: Sequence[int],
+    *,
+    objective: str = "cross_entropy",
+    by_token: bool = True,
 ) -> dict[str, Tensor]:
-    """Gradients of each sample's negative log-likelihood, ``"<stream>.<leaf>"`` to ``(B, *leaf)``."""
+    """Gradients of each sample's negative log-likelihood, ``"<stream>.<leaf>"`` to ``(B, *leaf)``.
+
+    Args:
+        edge: with the adapters.
+        llm: the language model.
+        data: the client's samples.
+        indices: which of them.
+        objective: loss asked of the language model.
+        by_token: weigh each sample's mean loss by its tokens, which gives the likelihood; without it, the gradients of
+            the losses that training takes the mean of.
+    """
     prompts, features = data.batch(indices)
     with torch.no_grad():
         batch = edge(prompts, features)
     embeds = batch.embeds.detach().requires_grad_(True)
-    losses = llm.loss(embeds, batch.mask, batch.labels, "cross_entropy")  # (B,)
-    tokens = (batch.labels != -100).sum(dim=1).to(losses)  # (B,)
+    losses = llm.loss(embeds, batch.mask, batch.labels, objective)  # (B,)
+    tokens = (batch.labels != -100).sum(dim=1).to(losses) if by_token else torch.ones_like(losses)  # (B,)
     (grad,) = torch.autograd.grad((losses * tokens).sum(), embeds)  # (B, T, d): row i belongs to sample i
     result: dict[str, Tensor] = {}
     for stream in edge.layers:

@@ -20,7 +20,15 @@ from fednano.models.language import LanguageModel
 from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData, draw
 
-__all__ = ["OPTIMIZERS", "TrainOutcome", "TrainSettings", "mean_loss", "round_samples", "train_local"]
+__all__ = [
+    "OPTIMIZERS",
+    "TrainOutcome",
+    "TrainSettings",
+    "adapter_leaves",
+    "mean_loss",
+    "round_samples",
+    "train_local",
+]
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -120,7 +128,7 @@ def train_local(
     started = time.perf_counter()
     named = {
         name: parameter
-        for name, parameter in _leaves(edge).items()
+        for name, parameter in adapter_leaves(edge).items()
         if parameter.requires_grad and name not in frozen
     }
     if not named:
@@ -197,7 +205,7 @@ def mean_loss(
     return total / len(indices)
 
 
-def _leaves(edge: NanoEdge) -> dict[str, torch.nn.Parameter]:
+def adapter_leaves(edge: NanoEdge) -> dict[str, torch.nn.Parameter]:
     """The adapters' leaves by the name under which they travel, in the order of ``edge.parameters()``."""
     prefix = "layers."
     return {
