@@ -18,6 +18,7 @@ from fednano.cli.nodes import client_app, server_app
 from fednano.cli.nodes import run as run_command
 from fednano.cli.nodes import status as status_command
 from fednano.cli.options import settings_options
+from fednano.cli.privacy import app as privacy_app
 from fednano.cli.unlearn import app as unlearn_app
 from fednano.errors import ConfigError
 
@@ -36,6 +37,7 @@ app.command("run")(settings_options(run_command))
 app.command("status")(status_command)
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(privacy_app, name="privacy")
 app.add_typer(unlearn_app, name="unlearn")
 
 
