@@ -95,7 +95,9 @@ def words_from_embeddings(
         draw = torch.Generator().manual_seed(seed)
         seen = received(sent, protection, draw)[secret]
         for attacker, table in tables.items():
-            guess = torch.cat([torch.cdist(part, table.float()).argmin(1) for part in torch.split(seen, _ROWS)])
+            guess = torch.cat(
+                [torch.cdist(part, table.float()).argmin(1) for part in torch.split(seen, _ROWS)]
+            )
             right = float((guess == truth[secret]).double().mean())
             found.append(
                 Finding(
