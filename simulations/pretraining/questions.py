@@ -32,8 +32,8 @@ _PRESENT: Final = (
     "is there any {y} to see here ?",
     "does the scene have {x} ?",
 )
-# Absence has words of its own here. easy-VQA says it with "not" and "no", which pretraining uses in other ways only:
-# that is what a tuned model has to learn first.
+# Absence has words of its own here. easy-VQA says it with "not" and "no", which few of these questions do: too few to
+# learn it, enough to be quick at it once a tuned model is asked so.
 _ABSENT: Final = (
     "is {x} absent ?",
     "is {x} absent from this scene ?",
@@ -46,6 +46,21 @@ _ABSENT: Final = (
     "is the scene free from any {y} ?",
     "tell me , is this picture free from {y} ?",
 )
+_NEGATED: Final = (
+    "can you not see {x} here ?",
+    "does this picture not show {x} ?",
+    "does the scene not contain {x} ?",
+    "is {x} not visible ?",
+    "is {x} not present in this scene ?",
+    "is it true that there is not {x} here ?",
+    "is it true that no {y} is visible ?",
+    "is there no {y} on this picture ?",
+    "can you see no {y} here ?",
+    "has the picture no {y} in it ?",
+    "is there not any {y} to see here ?",
+    "does the scene not have {x} ?",
+)
+_NEGATED_SHARE: Final = 0.04  # of the questions for absence; 0.12 leaves nothing to tune, 0 a plateau
 _COLOUR_OF: Final = (
     "which color has the {y} ?",
     "what is the paint of the {y} ?",
@@ -149,7 +164,9 @@ def _existence(rng: np.random.Generator, colours: list[str], shapes: list[str], 
     colour, shape = _thing(rng, colours, shapes, int(rng.integers(3)), wanted)
     noun = f"{colour or ''} {shape or _pick(rng, ('thing', 'object', 'shape'))}".strip()
     negated = bool(rng.random() < negated_share)
-    text = _pick(rng, _ABSENT if negated else _PRESENT)
+    said_with_not = bool(rng.random() < _NEGATED_SHARE)
+    absent = _NEGATED if said_with_not else _ABSENT
+    text = _pick(rng, absent if negated else _PRESENT)
     return Item(text.format(x=_with_article(noun), y=noun), "yes" if wanted != negated else "no")
 
 
