@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,21 @@ from torch import Tensor
 from fednano.adapters import bases, philox, sites
 from fednano.adapters.lora import Scaled
 from fednano.adapters.method import Method
-from fednano.adapters.protocol import Algebra, Basis, Init, Kind, Leaf, Site, Tensors
+from fednano.adapters.protocol import Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.registry import register
 from fednano.adapters.sparse import scatter
 from fednano.errors import ConfigError, ModelError
 
 __all__ = ["LOST", "SLTrain"]
+
+
+def _check_bridge(name: str, site: Site, replaces_base: bool) -> None:
+    """A bridge has nothing to replace."""
+    if site.kind == "bridge" and replaces_base:
+        raise ModelError(
+            f"adapter {name!r} cannot sit on bridge site {site.name!r} with start_from='scratch', which replaces a "
+            "layer; use start_from='zero', or a linear site"
+        )
 
 
 @register("sltrain")
@@ -67,12 +76,7 @@ class SLTrain(Scaled):
     def check(self, site: Site) -> None:
         """A bridge has nothing to replace."""
         Method.check(self, site)
-        if site.kind == "bridge" and self.replaces_base:
-            raise ModelError(
-                f"adapter {self.name!r} cannot sit on bridge site {site.name!r} with start_from='scratch', which "
-                "replaces a layer; "
-                "use start_from='zero', or a linear site"
-            )
+        _check_bridge(self.name, site, self.replaces_base)
 
     def _count(self, site: Site) -> int:
         return max(1, math.floor(self.density * site.d_in * site.d_out))
@@ -111,21 +115,22 @@ class LOST(Method):
     Starts from the SVD of an initial weight (the base's, or a seeded Kaiming-uniform one): A and B from its top r
     triplets, the channels I are the columns of the residual with the largest norms, ``W_s`` their values. The first
     term is divided by g and the second by 1 - g at the start, so that without the activation the layer starts as
-    its initial weight, cut to what it can hold. The authors' code is not public.
+    its initial weight, cut to what it can hold. The authors' code is not public. With ``start_from="zero"`` B and W_s
+    start at zero and the sum is added to the base, or behind a bridge; A and I come from the initial weight as ever.
 
     Attributes:
         rank: r.
         gate: g.
         density: share of the input channels in I.
         act: ``silu``, ``gelu`` or ``linear``; only the last can be merged.
+        start_from: ``scratch`` or ``zero``.
     """
-
-    kinds: ClassVar[frozenset[Kind]] = frozenset(("linear", "conv2d", "embedding"))
 
     rank: int = 8
     gate: float = 0.7
     density: float = 0.05
     act: Literal["silu", "gelu", "linear"] = "silu"
+    start_from: Literal["scratch", "zero"] = "scratch"
 
     def validate(self) -> None:
         """Check the options."""
@@ -152,17 +157,18 @@ class LOST(Method):
 
     @property
     def starts_off_zero(self) -> bool:
-        """The layer is the whole layer."""
-        return True
+        """From scratch, when the layer is the whole layer."""
+        return self.start_from == "scratch"
 
     @property
     def replaces_base(self) -> bool:
-        """Always."""
-        return True
+        """From scratch."""
+        return self.start_from == "scratch"
 
     def check(self, site: Site) -> None:
-        """No grouped convolutions: the activation sits between the factors."""
+        """A bridge has nothing to replace; no grouped convolutions: the activation sits between the factors."""
         Method.check(self, site)
+        _check_bridge(self.name, site, self.replaces_base)
         if site.groups != 1:
             raise ModelError(
                 f"adapter {self.name!r} cannot sit on conv2d site {site.name!r} with groups={site.groups}; use "
@@ -175,10 +181,11 @@ class LOST(Method):
     def trainable(self, site: Site) -> dict[str, Leaf]:
         """``A`` ``(r, d_in)``, ``B`` ``(d_out, r)`` and ``W`` ``(d_out, |I|)``."""
         computed = Init("computed")
+        first = computed if self.replaces_base else Init()
         return {
             "A": Leaf((self.rank, site.d_in), init=computed),
-            "B": Leaf((site.d_out, self.rank), init=computed),
-            "W": Leaf((site.d_out, self._channels(site)), init=computed),
+            "B": Leaf((site.d_out, self.rank), init=first),
+            "W": Leaf((site.d_out, self._channels(site)), init=first),
         }
 
     def frozen(self, site: Site) -> dict[str, Leaf]:
@@ -188,7 +195,7 @@ class LOST(Method):
     def _parts(self, site: Site, seed: int, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and the residual of the initial weight."""
         if weight is None:
-            k = philox.key(seed, site.name, "W0")
+            k = philox.key(seed, site.name, "W0")  # a layer from scratch has none, nor has a bridge
             weight = philox.uniform(k, (site.d_out, site.d_in), 1 / math.sqrt(site.d_in)).double()
         u, s, v = bases.top_svd(weight, self.rank, philox.key(seed, site.name, "svd"))
         root = s.sqrt()
@@ -224,12 +231,12 @@ class LOST(Method):
         return self.gate * (theta["B"] @ theta["A"]) + self._sparse(site, theta, basis)
 
     def path(self, site: Site, x: Tensor, theta: Tensors, basis: Tensors, weight: Tensor | None) -> Tensor:
-        """Both terms; a linear site gathers its channels, others use the scattered columns."""
+        """Both terms; linear sites and bridges gather their channels, others use the scattered columns."""
         z = sites.apply(site, x, theta["A"])
         if self.act != "linear":
             z = F.silu(z) if self.act == "silu" else F.gelu(z)
         dense = sites.second(site, z, theta["B"])
-        if site.kind == "linear":
+        if site.kind in ("linear", "bridge"):
             return self.gate * dense + (1 - self.gate) * F.linear(x[..., basis["channels"]], theta["W"])
         return self.gate * dense + sites.apply(site, x, self._sparse(site, theta, basis))
 

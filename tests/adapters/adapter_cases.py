@@ -119,6 +119,16 @@ CASES = [
         lambda site: _lora(4)(site) + max(1, site.d_in // 4) * site.d_out,
         {"rank": 4, "density": 0.25, "act": "linear"},
     ),
+    Case(
+        "lost",
+        lambda site: _lora(4)(site) + max(1, site.d_in // 4) * site.d_out,
+        {"rank": 4, "density": 0.25, "start_from": "zero"},
+    ),
+    Case(
+        "lost",
+        lambda site: _lora(4)(site) + max(1, site.d_in // 4) * site.d_out,
+        {"rank": 4, "density": 0.25, "act": "linear", "start_from": "zero"},
+    ),
 ]
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
