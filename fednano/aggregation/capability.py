@@ -17,8 +17,10 @@ __all__ = ["ALGEBRAS", "algebra_name", "check_combination", "default_rule", "rul
 
 ALGEBRAS = ("affine", "multilinear", "nonlinear")
 
-# Affine: the mean is exact. Products: merge them. Behind a non-linearity neither is exact, and the mean streams.
-_DEFAULTS = {"affine": "fedavg", "multilinear": "flexlora", "nonlinear": "fedavg"}
+# Affine: the mean is exact. Products of equal rank: the mean of the factors is not, but it did better than the exact
+# product cut back to its rank wherever `simulations/study.py` compared them. Non-linear: neither is exact.
+_DEFAULTS = {"affine": "fedavg", "multilinear": "fedavg", "nonlinear": "fedavg"}
+_DEFAULT_OF_MIXED_RANKS = "flexlora"  # factors of different ranks have no mean
 
 
 def algebra_name(algebra: str | Enum) -> str:
@@ -33,9 +35,18 @@ def algebra_name(algebra: str | Enum) -> str:
     return word
 
 
-def default_rule(algebra: str | Enum) -> str:
-    """The rule a run uses unless told otherwise."""
-    return _DEFAULTS[algebra_name(algebra)]
+def default_rule(algebra: str | Enum, *, ranks_differ: bool = False) -> str:
+    """The rule that a run uses unless told otherwise, ``auto``.
+
+    Args:
+        algebra: of the adapter.
+        ranks_differ: clients will have different ranks.
+
+    Raises:
+        ConfigError: not one of `ALGEBRAS`.
+    """
+    word = algebra_name(algebra)
+    return _DEFAULT_OF_MIXED_RANKS if ranks_differ and word == "multilinear" else _DEFAULTS[word]
 
 
 def check_combination(

@@ -18,9 +18,12 @@ from typing import Any
 
 from fednano.errors import ConfigError
 
-__all__ = ["BACKENDS", "OTHER_WORK", "RunConfig", "Scalar", "check_backend", "parse_settings"]
+__all__ = ["AUTO", "BACKENDS", "OTHER_WORK", "RunConfig", "Scalar", "check_backend", "parse_settings"]
 
 Scalar = bool | int | float | str
+
+AUTO = "auto"
+"""The merge rule that the adapter's algebra asks for."""
 
 BACKENDS = ("ray", "inprocess")
 """How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no
@@ -108,7 +111,10 @@ class RunConfig:
     proximal_mu: float = _setting(0.0, "FedProx: pull towards the round's starting adapters")
     clip_norm: float = _setting(0.0, "largest gradient norm of a step; 0 = no clipping")
     # Federation
-    rule: str = _setting("fedavg", "how updates are merged, by name: see `fednano strategies`")
+    rule: str = _setting(
+        "auto",
+        "how updates are merged: 'auto', as the adapter's algebra asks, or a name of `fednano strategies`",
+    )
     rule_options: str = _setting("", "options of the rule: 'floor=0.1 clip=16'")
     fisher_samples: int = _setting(128, "samples for a client's diagonal Fisher")
     fraction: float = _setting(1.0, "share of the clients that take part in each round")

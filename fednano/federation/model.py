@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fednano.adapters import Adapter, Basis, create
 from fednano.adapters import options as adapter_options
+from fednano.aggregation import default_rule
 from fednano.data import Sample, load_dataset, partition, split_holdout
 from fednano.errors import ConfigError, HostRefused
-from fednano.federation.config import RunConfig
+from fednano.federation.config import AUTO, RunConfig
 from fednano.federation.messages import HostTicket
 from fednano.host import RemoteLLM
 from fednano.models.edge import EdgePart, NanoEdge
@@ -34,6 +35,7 @@ __all__ = [
     "gathers",
     "partition_samples",
     "put_adapters",
+    "settled",
     "use_threads",
 ]
 
@@ -55,6 +57,22 @@ def build_adapter(config: RunConfig) -> Adapter:
             f"activation is {config.activation!r}, which adapter {config.adapter!r} does not have; only 'nano' does."
         )
     return create(config.adapter, **{**options, **config.adapter_settings})
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The settings with the rule that the adapter's algebra asks for in the place of ``auto``.
+
+    Raises:
+        ConfigError: ``rule-options`` without a rule that they are for, or an adapter that does not exist.
+    """
+    if config.rule != AUTO:
+        return config
+    if config.rule_options:
+        raise ConfigError(
+            f"rule-options is {config.rule_options!r}, and rule is {AUTO!r}; name the rule that the options are for."
+        )
+    algebra = build_adapter(config).algebra
+    return config.changed(rule=default_rule(algebra, ranks_differ=bool(config.own_ranks)))
 
 
 def gathers(config: RunConfig) -> bool:

@@ -36,7 +36,7 @@ from fednano.federation.hosting import open_host
 from fednano.federation.introduction import Introduced, introduce, remind
 from fednano.federation.judging import judge_all
 from fednano.federation.messages import HostTicket
-from fednano.federation.model import build_edge, connect, gathers, use_threads
+from fednano.federation.model import build_edge, connect, gathers, settled, use_threads
 from fednano.federation.outcome import write_outcome
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
 from fednano.federation.schedules import fit_rank
@@ -106,6 +106,7 @@ def _ended(error: _Error, folder: RunFolder, view: RunView) -> _Error:
 
 def _open_folder(config: RunConfig) -> tuple[RunFolder, RunConfig]:
     if not config.resume:
+        config = settled(config)
         name = f"{Path(config.dataset).name}-{config.adapter}-{config.rule}"
         if config.start_from:  # by path, since 'latest' is another run in a moment
             parent = RunFolder.open(config.start_from, root=config.runs_dir)

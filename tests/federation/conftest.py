@@ -19,7 +19,7 @@ from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop
 from fednano.federation.inprocess import InProcessGrid
 from fednano.federation.messages import HostTicket
-from fednano.federation.model import build_edge, client_name
+from fednano.federation.model import build_edge, client_name, settled
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
 from fednano.federation.simulation import simulate
 from fednano.federation.specification import spec_of
@@ -89,7 +89,7 @@ class Laboratory:
 
     def federation(self, grid: InProcessGrid | None = None, **changes: Any) -> Federation:
         """A federation of its own, with its own folder."""
-        config = RunConfig(**(self.settings | changes))
+        config = settled(RunConfig(**(self.settings | changes)))
         return Federation(
             grid=grid or self.grid,
             nodes={client_name(n): n + 1 for n in range(config.clients)},

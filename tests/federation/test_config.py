@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from fednano.errors import ConfigError
 from fednano.federation.config import OTHER_WORK, RunConfig
+from fednano.federation.model import settled
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +66,24 @@ def test_the_factored_exchange_names_the_wire_types_it_has() -> None:
     with pytest.raises(ConfigError, match="bfloat16 or int8"):
         RunConfig(exchange="factored", wire_dtype="float16")
     assert RunConfig(exchange="factored", wire_dtype="int8").exchange == "factored"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({}, "fedavg"),
+        ({"adapter": "lora-xs"}, "fedavg"),
+        ({"client_ranks": "4,8,16"}, "flexlora"),
+        ({"client_ranks": "4,8,16", "adapter": "lora"}, "flexlora"),
+        ({"rule": "fisher"}, "fisher"),
+    ],
+)
+def test_the_adapter_asks_for_its_rule(settings: dict[str, Any], rule: str) -> None:
+    config = settled(RunConfig(**settings))
+    assert config == RunConfig(**settings).changed(rule=rule)
+    assert settled(config) == config
+
+
+def test_options_need_a_rule_that_they_are_for() -> None:
+    with pytest.raises(ConfigError, match=r"rule-options is 'floor=0.1', and rule is 'auto'"):
+        settled(RunConfig(rule_options="floor=0.1"))
