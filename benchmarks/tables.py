@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "architecture.md")
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/architecture.md", "docs/adapters.md", "docs/aggregation.md")
+)
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -73,6 +76,45 @@ def wire(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def adapters(document: dict[str, Any]) -> str:
+    """Every adapter in the default job: accuracy, bytes, parameters and time, means over the seeds."""
+    lines = [
+        "| Adapter | Options | Learning rate | Accuracy, % | kB up, a round | Parameters | Seconds a round |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    finals = [row for row in document["rows"] if not row["sweep"]]
+    most = max(row["cores"] for row in finals)
+    for name in dict.fromkeys(row["adapter"] for row in finals):
+        own = [row for row in finals if row["adapter"] == name]
+        options = ", ".join(
+            str(value) if key == "adapter_options" else f"{key}={value}"
+            for key, value in own[0]["settings"].items()
+        )
+        accuracies = [row["accuracy"] for row in own]
+        timed = all(row["cores"] == most for row in own)
+        cells = [
+            name,
+            options or "defaults",
+            f"{own[0]['learning_rate']:g}",
+            f"{_percent(fmean(accuracies))} ± {_percent(stdev(accuracies) if len(own) > 1 else 0.0)}",
+            f"{fmean(row['uplink_bytes'] for row in own) / 1e3:.1f}",
+            f"{own[0]['trainable']:,}",
+            f"{fmean(row['seconds_per_round'] for row in own):.1f}" if timed else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gates(document: dict[str, Any]) -> str:
+    """What was promised, what was measured."""
+    lines = ["| Gate | Measured | Promised | |", "|---|---:|---:|---|"]
+    for gate in document["gates"]:
+        sense = "≥" if gate["sense"] == ">=" else "≤"
+        verdict = "met" if gate["met"] else "**missed**"
+        lines.append(f"| {gate['name']} | {gate['value']:.4g} | {sense} {gate['bound']:.4g} | {verdict} |")
+    return "\n".join(lines)
+
+
 def study(document: dict[str, Any]) -> str:
     """Accuracy of each rule over heterogeneity, at the smallest number of clients: mean and spread over seeds."""
     means = [row for row in document["rows"] if row["seed"] == "all"]
@@ -84,7 +126,9 @@ def study(document: dict[str, Any]) -> str:
     for rule in sorted({rule for rule, _ in found}):
         rows = [found.get((rule, alpha)) for alpha in alphas]
         cells = [
-            f"{_percent(row['accuracy']['mean'])} ± {_percent(row['accuracy']['sd'])}" if row else "-"
+            f"{_percent(row['accuracy']['mean'])} ± {_percent(row['accuracy']['sd'])} ({row['seeds']})"
+            if row
+            else "-"
             for row in rows
         ]
         note = " (by its clients)" if any(row and row["judged"] == "clients" for row in rows) else ""
@@ -96,6 +140,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("main_job", main_job),
     "wire": ("main_job", wire),
     "study": ("study", study),
+    "adapters": ("adapters", adapters),
+    "adapters-gates": ("adapters", gates),
+    "study-gates": ("study", gates),
 }
 
 

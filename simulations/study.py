@@ -5,13 +5,15 @@
     python simulations/study.py --rules fedavg "fedavgm beta=0.5" --alphas 0.1 --clients 5 --seeds 0 1 2
 
 However many clients there are, the same number of them takes part in each round (``--participants``), so all runs of
-a study train on equally many samples, and so do the bounds. A rule's options follow its name.
+a study train on equally many samples, and so do the bounds. A rule's options follow its name; with ``--tune``, each
+rule that has such options gets the best of `TRIALS`, chosen in the default job on seeds of their own.
 
 Each cell is a run of its own, through the in-process backend, with the whole model at each client: as through a
 language host, but for rounding. What is measured is kept under ``--work``, one file a cell, so a study that was cut
-off goes on where it was. FedAvg's cells also train each client alone and all data in one place (the bounds), and merge
-by Fisher, from the same start over the same samples. Rules that leave personal adapters are judged by their clients, on
-samples these hold out; the column ``judged`` says so, and their figures do not compare with the others.
+off goes on where it was; so does one whose results file is there. FedAvg's cells also train each client alone and all
+data in one place (the bounds), and merge by Fisher, from the same start over the same samples. Rules that leave
+personal adapters are judged by their clients, on samples these hold out; the column ``judged`` says so, and their
+figures do not compare with the others.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -32,10 +35,29 @@ from typing import Any
 from fednano.aggregation import rule_names
 from fednano.errors import FednanoError
 from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.model import settled
 from fednano.runs.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study.json"
+# What is tried for the rules whose options decide what they do. Seeds for choosing are not those that are reported.
+TRIALS = {
+    "fedprox": ["mu=0.001", "mu=0.01", "mu=0.1"],
+    "scaffold": [
+        f"server_lr=1.0 | learning-rate={rate}" for rate in (0.1, 0.3, 1.0, 3.0, 10.0)
+    ],  # its clients use SGD
+    "fedavgm": [
+        *(f"beta={beta}" for beta in (0.3, 0.5, 0.7, 0.9)),
+        *(f"beta=0.0 server_lr={lr}" for lr in (1.5, 2.0, 3.0)),
+        *("beta=0.3 server_lr=1.5", "beta=0.5 server_lr=0.7", "beta=0.9 server_lr=0.3"),
+    ],
+    "fedadam": [f"server_lr={lr} beta1={beta}" for lr in (0.003, 0.01, 0.03) for beta in (0.5, 0.9)],
+    "fedyogi": [f"server_lr={lr} beta1=0.5" for lr in (0.003, 0.01, 0.03)],
+    "fedadagrad": [f"server_lr={lr}" for lr in (0.01, 0.03, 0.1)],
+    "qfedavg": ["q=0.1", "q=1.0"],
+    "ties": ["density=0.2", "density=0.5"],
+}
+TUNING_SEEDS = (100, 101, 102)
 MEASURED_WITH_FEDAVG = {"local_only": "local-only", "centralised": "centralised", "fisher": "fisher"}
 
 Row = dict[str, Any]
@@ -43,7 +65,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the matrix; ``rule`` is a rule's name, with its options behind it."""
+    """One run of the matrix; ``rule`` is a rule's name, its options behind it, and settings of the run behind a bar."""
 
     rule: str
     alpha: float
@@ -57,11 +79,9 @@ class Cell:
 
     def config(self, runs_dir: Path) -> RunConfig:
         """Its settings."""
-        name, _, options = self.rule.partition(" ")
-        further = {
-            key: value for text in self.settings for key, value in parse_settings(text, "--set").items()
-        }
-        plain = RunConfig.from_mapping(further)
+        chosen, _, beside = self.rule.partition(" | ")
+        name, _, options = chosen.partition(" ")
+        plain = RunConfig.from_mapping(parse_settings(" ".join((*self.settings, beside)), "--set"))
         return plain.changed(
             rule=name,
             rule_options=options,
@@ -72,22 +92,32 @@ class Cell:
             rounds=self.rounds,
             samples=self.samples,
             evaluate_every=1,
-            evaluate_samples=self.test,
+            evaluate_samples=min(self.test, 300),
             final_samples=self.test,
-            baselines=self.rule == "fedavg" and not self.settings,
+            baselines=self.name == "fedavg" and not self.settings,
             placement="local",
             runs_dir=str(runs_dir / "runs"),
-            cache_dir=str(runs_dir / "cache"),
         )
 
     def file(self, work: Path) -> Path:
         """Where its rows are kept; another setting, another file."""
-        mark = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
-        return (
-            work
-            / "cells"
-            / f"{self.rule.split()[0]}-a{self.alpha:g}-c{self.clients}-s{self.seed}-{mark}.json"
-        )
+        place = f"a{self.alpha:g}-c{self.clients}-s{self.seed}"
+        return work / "cells" / f"{self.name}-{place}-{self.mark}.json"
+
+    @property
+    def mark(self) -> str:
+        """Tells cells apart that differ in any setting."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """The rule's name."""
+        return self.rule.split()[0]
+
+    @property
+    def options(self) -> str:
+        """What stands behind it."""
+        return self.rule.partition(" ")[2].removeprefix("| ")
 
 
 def measure(cell: Cell, work: Path, target: float) -> list[Row]:
@@ -97,19 +127,34 @@ def measure(cell: Cell, work: Path, target: float) -> list[Row]:
         from fednano.federation.simulation import simulate
         from fednano.runs import RunFolder, make_view
 
-        base: Row = {"alpha": cell.alpha, "clients": cell.clients, "seed": cell.seed}
+        base: Row = {"alpha": cell.alpha, "clients": cell.clients, "seed": cell.seed, "cell": cell.mark}
         try:
             folder = RunFolder.open(simulate(cell.config(work), backend="inprocess", view=make_view("quiet")))
         except FednanoError as error:  # such as a partition that these data do not allow: said in the results
-            write_json(path, [base | {"rule": cell.rule, "error": str(error)}])
+            write_json(path, [base | {"rule": cell.name, "error": str(error)}])
         else:
-            summary = folder.read_json("summary.json") | {"rule": cell.rule}
-            write_json(path, [base | row for row in rows_of(summary, folder.metrics())])
-    rows: list[Row] = json.loads(path.read_text())
-    for row in rows:
+            summary = folder.read_json("summary.json")
+            rows = [base | row for row in rows_of(summary, folder.metrics())]
+            write_json(
+                path, [row | ({"options": cell.options} if row["rule"] == cell.name else {}) for row in rows]
+            )
+    kept: list[Row] = json.loads(path.read_text())
+    for row in kept:
         curve = row.get("curve") or []
         row["rounds_to_target"] = next((n for n, accuracy in curve if accuracy >= target), None)
-    return rows
+    return kept
+
+
+def take_over(cells: Sequence[Cell], results: Path, work: Path) -> None:
+    """Put rows of a results file where `measure` finds them: what was measured elsewhere is not measured again."""
+    known: dict[str, list[Row]] = {}
+    for row in json.loads(results.read_text())["rows"] if results.exists() else []:
+        known.setdefault(row.get("cell", ""), []).append(row)
+    for cell in cells:
+        path = cell.file(work)
+        if cell.mark in known and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known[cell.mark])
 
 
 def rows_of(summary: Row, metrics: list[Row]) -> Iterator[Row]:
@@ -162,6 +207,20 @@ def overall(rows: list[Row]) -> list[Row]:
     return out
 
 
+def best_trials(tried: dict[Cell, list[Row]]) -> dict[str, str]:
+    """The options of each rule that did best over the tuning seeds, as rule's name to rule with options."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for cell, rows in tried.items():
+        own = [row["accuracy"] for row in rows if row["rule"] == cell.name and "error" not in row]
+        scores.setdefault(cell.name, {}).setdefault(cell.rule, []).extend(own or [0.0])
+    for rules in scores.values():
+        for rule, values in rules.items():
+            print(
+                f"{rule}: {fmean(values):.1%} ({', '.join(f'{value:.1%}' for value in values)})", flush=True
+            )
+    return {name: max(rules, key=lambda rule: fmean(rules[rule])) for name, rules in scores.items()}
+
+
 def closed_gap(means: list[Row], rule: str) -> float | None:
     """The share of the gap between FedAvg and centralised training that a rule closes, where all three are known."""
     by = {(row["rule"], row["alpha"], row["clients"]): row["accuracy"]["mean"] for row in means}
@@ -205,7 +264,7 @@ def write(rows: list[Row], target: Path) -> None:
     from results import Gate, write_results  # type: ignore[import-not-found]
 
     means = overall(rows)
-    share = closed_gap(means, RunConfig().rule)
+    share = closed_gap(means, settled(RunConfig()).rule)
     gates = (
         []
         if share is None
@@ -237,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="cells measured at the same time")
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--tune", action="store_true", help="choose each rule's options among TRIALS first")
     parser.add_argument("--small", action="store_true", help="a matrix of minutes, under runs/study-small")
     options = parser.parse_args(arguments)
     if options.small:
@@ -251,24 +311,44 @@ def main(arguments: list[str] | None = None) -> int:
             json=Path("runs/study-small/study.json"),
         )
         options = parser.parse_args(arguments)
-    # FedAvg's cells measure Fisher merging, too.
-    rules = [rule for rule in options.rules if rule != "fisher" or "fedavg" not in options.rules]
-    cells = [
-        Cell(
-            *(rule, alpha, clients, seed, options.rounds, options.samples, options.test),
-            *(options.participants, tuple(options.set)),
-        )
-        for seed, clients, alpha, rule in itertools.product(
-            options.seeds, options.clients, options.alphas, rules
-        )
-    ]
-    found: dict[Cell, list[Row]] = {}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(measure, cell, options.work, options.target): cell for cell in cells}
-        for done in as_completed(waiting):
-            found[waiting[done]] = done.result()
-            print(f"{len(found)}/{len(cells)}: {waiting[done]}", flush=True)
-            write([row for cell in cells for row in found.get(cell, [])], options.json)
+
+        def run(cells: list[Cell], target: Path | None) -> dict[Cell, list[Row]]:
+            found: dict[Cell, list[Row]] = {}
+            if target is not None:
+                take_over(cells, target, options.work)
+            written = time.monotonic()
+            waiting = {pool.submit(measure, cell, options.work, options.target): cell for cell in cells}
+            for done in as_completed(waiting):
+                found[waiting[done]] = done.result()
+                print(f"{len(found)}/{len(cells)}: {waiting[done]}", flush=True)
+                # Drawing takes as long as a small run does; what is measured is safe in its own file.
+                if target is not None and (len(found) == len(cells) or time.monotonic() - written > 20):
+                    write([row for cell in cells for row in found.get(cell, [])], target)
+                    written = time.monotonic()
+            return found
+
+        def cells_of(
+            rules: list[str], alphas: list[float], clients: list[int], seeds: Sequence[int]
+        ) -> list[Cell]:
+            return [
+                Cell(
+                    *(rule, alpha, count, seed, options.rounds, options.samples, options.test),
+                    *(options.participants, tuple(options.set)),
+                )
+                for count, seed, alpha, rule in itertools.product(clients, seeds, alphas, rules)
+            ]
+
+        # FedAvg's cells measure Fisher merging, too.
+        rules = [rule for rule in options.rules if rule != "fisher" or "fedavg" not in options.rules]
+        if options.tune:
+            trials = [f"{rule} {trial}" for rule in rules for trial in TRIALS.get(rule, [])]
+            standard = RunConfig()
+            tried = run(cells_of(trials, [standard.alpha], [standard.clients], TUNING_SEEDS), None)
+            chosen = best_trials(tried)
+            print("\n".join(f"chosen: {rule}" for rule in chosen.values()), flush=True)
+            rules = [chosen.get(rule, rule) for rule in rules]
+        run(cells_of(rules, options.alphas, options.clients, options.seeds), options.json)
     return 0
 
 

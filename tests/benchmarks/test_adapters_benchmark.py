@@ -40,7 +40,4 @@ def test_gates_are_means_over_the_seeds() -> None:
 
 
 def test_every_adapter_that_a_run_can_carry_is_in_the_table() -> None:
-    assert set(names()) - set(ADAPTERS) == {
-        "dense",
-        "lost",
-    }  # the probe, and the one that replaces whole layers
+    assert set(names()) - set(ADAPTERS) == {"dense"}  # the probe

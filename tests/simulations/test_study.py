@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,28 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert kept.file(tmp_path) != study.Cell("fedavg", 0.1, 5, 0, 3, 16, 12).file(tmp_path)
 
 
+def test_a_results_file_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "simulate", lambda *a, **k: pytest.fail("this cell is known"))
+    cells = [study.Cell("fedprox mu=0.1", 0.1, 5, seed, 2, 16, 12) for seed in (0, 1)]
+    rows = [row("fedprox", 0.9, 0, rounds=1) | {"cell": cells[0].mark, "curve": [[1, 0.95]]}, *ROWS]
+    study.write(rows, tmp_path / "study.json")
+    study.take_over(cells, tmp_path / "study.json", tmp_path)
+    assert study.measure(cells[0], tmp_path, 0.5)[0]["accuracy"] == 0.9
+    assert not cells[1].file(tmp_path).exists()  # another seed is another cell
+
+
+def test_the_best_options_are_chosen_and_failures_are_not() -> None:
+    cells = {
+        study.Cell(f"fedprox mu={mu}", 0.3, 5, seed, 2, 16, 12): [outcome]
+        for mu, outcomes in {
+            0.1: [row("fedprox", 0.8, 100), row("fedprox", 0.8, 101)],
+            0.01: [row("fedprox", 0.9, 100), {"rule": "fedprox", "error": "no"}],
+        }.items()
+        for seed, outcome in zip((100, 101), outcomes, strict=True)
+    }
+    assert study.best_trials(cells) == {"fedprox": "fedprox mu=0.1"}
+
+
 def test_a_cell_s_settings(tmp_path: Path) -> None:
     cell = study.Cell("fedavgm beta=0.5 lr=2.0", 0.1, 50, 3, 2, 16, 12, 5, ("lr-schedule='cosine'",))
     config = cell.config(tmp_path)
@@ -111,12 +135,14 @@ def test_results_and_table(tmp_path: Path) -> None:
     (gate,) = document["gates"]  # the default rule is FedAvg, which closes nothing of its own gap
     assert (gate["value"], gate["met"]) == (0, False)
     assert target.with_suffix(".svg").exists()
-    assert "| fedavg | 91.0 ± 1.4 |" in tables.study(document)
+    assert "| fedavg | 91.0 ± 1.4 (2) |" in tables.study(document)
 
 
 def test_small_matrix_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("no run is wanted here"))
+    pool = SimpleNamespace(submit=lambda *a, **k: pytest.fail("no run is wanted here"))
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **k: nullcontext(pool))
+    monkeypatch.setattr(study, "take_over", lambda *a: None)
     monkeypatch.setattr(study, "Cell", lambda *values: parsed.append(values))
     with pytest.raises(pytest.fail.Exception, match="no run"):
         study.main(["--small", "--seeds", "5"])
