@@ -128,7 +128,7 @@ def test_scaffold_control_variates_sum_to_the_servers(laboratory: Any) -> None:
         server = result.memory[f"c/{name}"]
         assert float(server.abs().max()) > 0
         # The server's variate goes down in float32.
-        torch.testing.assert_close(sum(own) / 3, server, rtol=0, atol=1e-5 * float(server.abs().max()))
+        torch.testing.assert_close(sum(own) / 3, server, rtol=0, atol=1e-4 * float(server.abs().max()))
 
 
 def test_scaffold_corrects_the_steps(laboratory: Any) -> None:
