@@ -112,7 +112,9 @@ def test_flwr_run_on_a_local_superlink(sandbox: Any, reference: Path) -> None:
     assert_same_adapter(path, reference)
 
 
-def test_superlink_and_two_supernodes(sandbox: Any, reference: Path) -> None:
+def test_superlink_and_two_supernodes(
+    sandbox: Any, reference: Path, wait_for: Callable[[Callable[[], bool], float, str], None]
+) -> None:
     port = free_port()
     sandbox.start(
         "flower-superlink",
@@ -137,6 +139,8 @@ def test_superlink_and_two_supernodes(sandbox: Any, reference: Path) -> None:
     (sandbox.folder / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
+    log = sandbox.folder / "superlink.log"
+    wait_for(lambda: "Uvicorn running" in log.read_text(), 120, "the SuperLink")
     settings = SMALL | {"runs-dir": str(sandbox.folder / "deployed")}
     sandbox.run(
         "flwr", "run", str(ROOT), "here", "--stream", "--run-config", as_run_config(**settings), timeout=1000
