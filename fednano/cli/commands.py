@@ -13,7 +13,9 @@ from fednano import __version__
 from fednano.cli.audit import app as audit_app
 from fednano.cli.bench import app as bench_app
 from fednano.cli.deploy import app as deploy_app
+from fednano.cli.doctor import doctor
 from fednano.cli.evaluate import app as evaluate_app
+from fednano.cli.init import init
 from fednano.cli.nodes import client_app, server_app
 from fednano.cli.nodes import run as run_command
 from fednano.cli.nodes import status as status_command
@@ -39,6 +41,8 @@ app.add_typer(deploy_app, name="deploy")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(unlearn_app, name="unlearn")
+app.command()(doctor)
+app.command()(init)
 
 
 def _version(show: bool) -> None:

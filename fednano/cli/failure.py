@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a defect of fednano (with stack trace); 2 a mistake that the message explains; 3 the language host
 is out of reach or refuses; 4 an unlearning request is refused; 5 an unlearning job is in another state than this needs;
-6 a receipt or its log is not what was signed; 130 ended by Ctrl-C.
+6 a receipt or its log is not what was signed; 7 `fednano doctor` found what will not work; 130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "EXIT_MISTAKE",
     "EXIT_REFUSED",
     "EXIT_STATE",
+    "EXIT_UNFIT",
     "reported",
 ]
 
@@ -35,6 +36,7 @@ EXIT_HOST = 3
 EXIT_REFUSED = 4
 EXIT_STATE = 5
 EXIT_INVALID = 6
+EXIT_UNFIT = 7
 EXIT_INTERRUPTED = 130
 
 _CODES: dict[type[FednanoError], int] = {

@@ -1,17 +1,21 @@
 """Data sets and their division among clients.
 
-``load_dataset`` gives questions with images by name or from a folder; ``partition`` divides them among
-simulated clients. Slow imports (datasets, flwr-datasets, Pillow) happen on first use.
+``load_dataset`` gives questions with answers by name, from a file or folder, or from the Hugging Face Hub;
+``partition`` divides them among simulated clients. Slow imports (datasets, pyarrow, flwr-datasets, Pillow) happen on
+first use.
 """
 
 from fednano.data.easy_vqa import load_easy_vqa
+from fednano.data.kinds import KINDS
+from fednano.data.options import DataOptions
 from fednano.data.partition import PartitionSummary, partition, split_holdout, summarise_partition
 from fednano.data.registry import dataset_names, load_dataset
 from fednano.data.sample import BadRow, Dataset, Sample, decode_image
-from fednano.data.vqa_jsonl import load_vqa_jsonl
 
 __all__ = [
+    "KINDS",
     "BadRow",
+    "DataOptions",
     "Dataset",
     "PartitionSummary",
     "Sample",
@@ -19,7 +23,6 @@ __all__ = [
     "decode_image",
     "load_dataset",
     "load_easy_vqa",
-    "load_vqa_jsonl",
     "partition",
     "split_holdout",
     "summarise_partition",

@@ -2,7 +2,9 @@
 
 ``dirichlet``: for each label, the shares of the clients are drawn from a symmetric Dirichlet distribution
 (Yurochkin et al. 2019, arXiv:1905.12022). Small alpha gives each client few labels; large alpha approaches
-equal shares. ``iid``: a random permutation, cut into equal parts.
+equal shares. ``iid``: a random permutation, cut into equal parts. ``linear``, ``square``, ``exponential``: the same
+with parts whose sizes grow so with the number of the client. ``column``: the values of a column are the clients; where
+there are more values than clients, each client gets several.
 
 Only labels and row numbers pass through flwr-datasets, as an Arrow table in memory: no file is written,
 nothing is downloaded, and its usage reporting, which belongs to ``FederatedDataset``, is not reached.
@@ -12,23 +14,25 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import math
 import sys
 import threading
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from fednano.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = ["KINDS", "PartitionSummary", "partition", "split_holdout", "summarise_partition"]
 
-KINDS = ("dirichlet", "iid")
+KINDS = ("dirichlet", "iid", "column", "linear", "square", "exponential")
 ALPHA = (1e-6, 1e6)  # beyond these the Gamma draws behind a Dirichlet draw underflow or overflow
 _import_lock = threading.RLock()
 
@@ -45,8 +49,8 @@ def partition(
     """Divide samples among clients. The same arguments give the same division.
 
     Args:
-        labels: the label of each sample, ``(n,)``.
-        kind: ``"dirichlet"`` (label skew) or ``"iid"``.
+        labels: the label of each sample, ``(n,)``; for ``column`` the value to divide by.
+        kind: one of `KINDS`.
         clients: number of parts, from 1 to ``n``.
         alpha: concentration of the Dirichlet distribution, in [1e-6, 1e6]. Not used by ``iid``.
         seed: seed of the draw, not negative.
@@ -61,15 +65,19 @@ def partition(
         DataError: an argument is out of its range, there are more clients than samples, or some client gets
             fewer than ``min_samples`` (so also: an empty part).
     """
+    import numpy as np
+
     count = len(labels)
     _check(kind, count, clients=clients, alpha=alpha, seed=seed, min_samples=min_samples)
     names = sorted(set(labels), key=lambda label: (str(type(label)), label))
     code = {label: number for number, label in enumerate(names)}
     codes = np.fromiter((code[label] for label in labels), dtype=np.int64, count=count)
-    if kind == "iid":
-        # IidPartitioner cuts the table as it lies, so the rows are shuffled before.
+    if kind == "column":
+        return _by_column([str(name) for name in names], codes, clients, seed, min_samples)
+    if kind != "dirichlet":
+        # These partitioners cut the table as it lies, so the rows are shuffled before.
         order = np.random.default_rng(seed).permutation(count)
-        return _parts(_partitioners().IidPartitioner(num_partitions=clients), codes, order)
+        return _by_size(kind, codes, order, clients, min_samples)
 
     def draw(least: int) -> list[list[int]]:
         partitioner = _partitioners().DirichletPartitioner(
@@ -118,6 +126,8 @@ def split_holdout(indices: Sequence[int], fraction: float, seed: int) -> tuple[l
     Raises:
         DataError: ``fraction`` is out of its range, or ``indices`` is empty.
     """
+    import numpy as np
+
     if not (math.isfinite(fraction) and 0 <= fraction < 1):
         raise DataError(f"holdout fraction must lie in [0, 1), got {fraction!r}. Use for instance 0.1.")
     if not indices:
@@ -224,6 +234,50 @@ def _check(kind: str, count: int, *, clients: int, alpha: float, seed: int, min_
         )
 
 
+def _by_size(kind: str, codes: Any, order: Any, clients: int, least: int) -> list[list[int]]:
+    """Shuffled rows ``order`` (n,), cut into equal or growing parts."""
+    found = _partitioners()
+    types = {
+        "iid": found.IidPartitioner,
+        "linear": found.LinearPartitioner,
+        "square": found.SquarePartitioner,
+        "exponential": found.ExponentialPartitioner,
+    }
+    try:
+        parts = _parts(types[kind](num_partitions=clients), codes, order)
+    except ValueError:  # flwr-datasets refuses a part of size 0
+        parts = [[]]
+    smallest = min(len(part) for part in parts)
+    if smallest < least:
+        raise DataError(
+            f"Dividing {len(order)} samples among {clients} clients with {kind} sizes leaves the smallest client "
+            f"{smallest} samples, and each needs {least}. Ask for fewer clients, or for partition 'linear' or 'iid'."
+        )
+    return parts
+
+
+def _by_column(names: list[str], codes: Any, clients: int, seed: int, least: int) -> list[list[int]]:
+    """Rows by the value of a column, codes (n,) into ``names``; values are dealt to clients in their order."""
+    import numpy as np
+
+    if len(names) < clients:
+        listed = ", ".join(names[:10])
+        raise DataError(
+            f"the column to divide by has {len(names)} values ({listed}), and there are to be {clients} clients. "
+            f"Set clients to {len(names)} or fewer."
+        )
+    order = np.random.default_rng(seed).permutation(len(codes))
+    parts = _parts(_partitioners().NaturalIdPartitioner(partition_by="label"), codes % clients, order)
+    for client, part in enumerate(parts):
+        if len(part) < least:
+            own = ", ".join(names[client::clients])
+            raise DataError(
+                f"client {client} ({own}) has {len(part)} samples, and each needs {least}. Ask for fewer clients, or "
+                "leave those rows out."
+            )
+    return parts
+
+
 def _parts(partitioner: Any, codes: np.ndarray[Any, np.dtype[np.int64]], order: Any) -> list[list[int]]:
     """Run a partitioner of flwr-datasets over labels ``codes`` (n,), rows laid in ``order`` (n,)."""
     from datasets import Dataset
@@ -232,10 +286,11 @@ def _parts(partitioner: Any, codes: np.ndarray[Any, np.dtype[np.int64]], order: 
     # slower.
     table = Dataset.from_dict({"row": order, "label": codes[order]}).with_format("arrow")
     partitioner.dataset = table
-    return [
-        partitioner.load_partition(client)[:].column("row").to_pylist()
-        for client in range(partitioner.num_partitions)
-    ]
+    with redirect_stderr(io.StringIO()):  # one of them draws a progress bar
+        return [
+            partitioner.load_partition(client)[:].column("row").to_pylist()
+            for client in range(partitioner.num_partitions)
+        ]
 
 
 def _partitioners() -> Any:

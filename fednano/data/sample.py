@@ -1,7 +1,8 @@
 """One question about one image, and a sequence of them.
 
 A ``Dataset`` holds paths and strings only; an image is decoded when somebody asks for it. Fifty thousand
-questions therefore cost a few megabytes, in every client process, whatever the images weigh.
+questions therefore cost a few megabytes, in every client process, whatever the images weigh. What is larger lies in
+a memory-mapped file (`fednano.data.store`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -18,7 +19,7 @@ from fednano.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAX_PIXELS", "BadRow", "Dataset", "Sample", "decode_image"]
+__all__ = ["MAX_PIXELS", "BadRow", "Dataset", "Sample", "SampleView", "decode_image"]
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels (a quarter of a gigabyte as RGB): a small file can claim to be far
@@ -81,6 +82,9 @@ class Sample:
         answer: the answer to learn and to be judged by.
         answers: all the answers people gave, where the data set has several (VQA has ten); empty means
             ``answer`` alone.
+        history: what was said before, as (role, text) with the roles ``system``, ``user`` and ``assistant``; nothing
+            of it is learnt.
+        group: what the data is divided by, where that is a column of its own (``partition-by``); else empty.
     """
 
     id: str
@@ -88,6 +92,8 @@ class Sample:
     question: str
     answer: str
     answers: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    group: str = ""
 
     def load_image(self) -> Image.Image | None:
         """Decode the image.
@@ -119,6 +125,33 @@ class BadRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
+class SampleView(Sequence[Sample]):
+    """Some rows of samples that stay where they are.
+
+    Args:
+        source: all samples.
+        indices: which of them, each in ``[0, len(source))``.
+    """
+
+    def __init__(self, source: Sequence[Sample], indices: Sequence[int]) -> None:
+        import numpy as np
+
+        self._source = source
+        self._indices = np.asarray(indices, dtype=np.int64)  # 8 bytes a sample, however many there are
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> SampleView: ...
+    def __getitem__(self, index: int | slice) -> Sample | SampleView:
+        if isinstance(index, slice):
+            return SampleView(self._source, self._indices[index].tolist())
+        return self._source[int(self._indices[index])]
+
+
 @dataclass(frozen=True)
 class Dataset(Sequence[Sample]):
     """An ordered, read-only collection of samples.
@@ -126,15 +159,17 @@ class Dataset(Sequence[Sample]):
     Attributes:
         name: for instance ``"easy-vqa"``.
         split: ``"train"`` or ``"test"``.
-        samples: the samples, in the order of the source.
+        samples: the samples, in the order of the source; a tuple, or rows of a memory-mapped file.
         bad_rows: rows of the source that were left out, with the reason. Whoever shows the data set to a user
             shows these too.
+        kind: what the samples are, a name in `fednano.data.kinds.KINDS`.
     """
 
     name: str
     split: str
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     bad_rows: tuple[BadRow, ...] = ()
+    kind: str = "vqa"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -148,13 +183,18 @@ class Dataset(Sequence[Sample]):
     def __getitem__(self, index: slice) -> Dataset: ...
     def __getitem__(self, index: int | slice) -> Sample | Dataset:
         if isinstance(index, slice):
-            return Dataset(self.name, self.split, self.samples[index], self.bad_rows)
+            return self.subset(range(len(self))[index])
         return self.samples[index]
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The answer of each sample, ``(len(self),)``: what partitions are skewed by."""
         return tuple(sample.answer for sample in self.samples)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group of each sample, ``(len(self),)``: what partitions by a column divide by."""
+        return tuple(sample.group for sample in self.samples)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -178,7 +218,13 @@ class Dataset(Sequence[Sample]):
                 f"{len(self.samples)} samples. "
                 "Make the partition from this very data set."
             )
-        return Dataset(self.name, self.split, tuple(self.samples[i] for i in chosen), self.bad_rows)
+        return replace(self, samples=self.rows(chosen))
+
+    def rows(self, indices: Sequence[int]) -> Sequence[Sample]:
+        """The samples at ``indices``, each in ``[0, len(self))``: a tuple, or a view of the memory-mapped file."""
+        if isinstance(self.samples, tuple):
+            return tuple(self.samples[index] for index in indices)
+        return SampleView(self.samples, indices)
 
     def fingerprint(self, *, images: bool = True) -> str:
         """Name of the content: two data sets with the same fingerprint train the same.
@@ -216,6 +262,7 @@ class Dataset(Sequence[Sample]):
                 sample.question,
                 sample.answer,
                 list(sample.answers),
+                *([sample.history] if sample.history else []),
             ]
             total.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
         return total.hexdigest()

@@ -149,7 +149,9 @@ def _local_only(fed: Federation, start: Leaves) -> BaselineResult:
             }
         )
     mean = fmean(scores)
-    fed.view.evaluation("local-only", fed.config.rounds, accuracy=mean, samples=len(samples))
+    fed.view.evaluation(
+        *("local-only", fed.config.rounds), accuracy=mean, samples=len(samples), metric=fed.evaluator.title
+    )
     record_accuracy(fed, "local-only", fed.config.rounds, mean, None, len(samples))
     note = f"mean of {len(scores)} clients that train alone, each judged on the whole test set"
     return BaselineResult(

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,20 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fednano.data import BadRow, Dataset, Sample
+from fednano.data import KINDS, BadRow, Dataset, Sample
 from fednano.errors import ConfigError, DataError
-from fednano.evaluation import exact_match
+from fednano.evaluation import perplexity
 from fednano.federation.baselines import build_rule
 from fednano.federation.client_state import state_of
 from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.gathering import BasisStore, client_gradients, unflatten
+from fednano.federation.marking import scores_of
 from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.model import (
     build_edge,
     client_name,
     connect,
     hold_out,
-    load_training_data,
+    load_data,
+    load_site_data,
     partition_samples,
     put_adapters,
     use_threads,
@@ -48,7 +50,7 @@ from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.runs.tombstones import Tombstones
 from fednano.security.place import Credentials
-from fednano.training.answers import generate_answers
+from fednano.training.answers import answer_losses, generate_answers, longest_answer
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
 from fednano.training.seeds import stream_seed
@@ -74,8 +76,9 @@ class _Share:
     """One client's data as this process holds it."""
 
     data: ClientData
-    held_out: list[Sample]
+    held_out: Sequence[Sample]
     forgotten: str
+    kind: str
 
 
 class Withdrawn(DataError):
@@ -97,6 +100,7 @@ _PASSING = frozenset(
             "lr-schedule",
             "lr-final",
         ),
+        "metric",
         *(
             "start-from",
             "probe-forgotten-every",
@@ -124,7 +128,8 @@ class Worker:
     Args:
         config: the run's settings.
         node: Flower's node configuration: ``partition-id`` and ``num-partitions`` in a simulation; at an institution
-            ``data`` (its folder) and ``site`` (its name).
+            ``data`` (its folder or file) and ``site`` (its name), and ``data-kind`` and ``data-options`` where its
+            data is laid out in its own way.
     """
 
     _current: Worker | None = None
@@ -215,19 +220,22 @@ class Worker:
         """
         key, forgotten = POOL if pool else name, self.forgotten
         if key not in self._shares or self._shares[key].forgotten != forgotten.digest:
-            train, held = self._samples(node, pool=pool)
+            dataset, train, held = self._samples(node, pool=pool)
             kept = forgotten.keep(train)
             if train and not kept:
                 raise Withdrawn(f"all training samples of {name} are forgotten; it takes no part any more.")
             data = ClientData(kept, self.edge, self.features)
-            self._shares[key] = _Share(data, forgotten.keep(held), forgotten.digest)
+            self._shares[key] = _Share(data, forgotten.keep(held), forgotten.digest, dataset.kind)
         return self._shares[key]
 
-    def samples(self, node: Mapping[str, Any]) -> tuple[list[Sample], list[Sample]]:
+    def samples(self, node: Mapping[str, Any]) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """Everything that a client holds, the forgotten samples among it: to train on, and to judge by."""
-        return self._samples(node, pool=False)
+        _, train, held = self._samples(node, pool=False)
+        return train, held
 
-    def _samples(self, node: Mapping[str, Any], *, pool: bool) -> tuple[list[Sample], list[Sample]]:
+    def _samples(
+        self, node: Mapping[str, Any], *, pool: bool
+    ) -> tuple[Dataset, Sequence[Sample], Sequence[Sample]]:
         own_data = str(node.get("data", ""))
         if own_data:
             if pool:
@@ -235,21 +243,22 @@ class Worker:
                     "the centralised baseline needs everybody's data in one place, which only a simulation has. "
                     "Switch baselines off."
                 )
-            dataset = self._dataset(own_data)
-            return hold_out(self.config, dataset, range(len(dataset)))
-        dataset = self._dataset(self.config.dataset)
+            kind, options = str(node.get("data-kind", "")), str(node.get("data-options", ""))
+            dataset = self._dataset(own_data, lambda: load_site_data(self.config, own_data, kind, options))
+            return dataset, *hold_out(self.config, dataset, range(len(dataset)))
+        dataset = self._dataset(self.config.dataset, lambda: load_data(self.config))
         if pool:
-            return hold_out(self.config, dataset, range(len(dataset)))
+            return dataset, *hold_out(self.config, dataset, range(len(dataset)))
         number, clients = int(node["partition-id"]), int(node["num-partitions"])
-        return partition_samples(self.config, dataset, number, clients)
+        return dataset, *partition_samples(self.config, dataset, number, clients)
 
     def bad_rows(self) -> list[BadRow]:
         """Rows of this client's files that were left out, and why."""
         return [row for dataset in self._datasets.values() for row in dataset.bad_rows]
 
-    def _dataset(self, name: str) -> Dataset:
+    def _dataset(self, name: str, load: Callable[[], Dataset]) -> Dataset:
         if name not in self._datasets:
-            self._datasets[name] = load_training_data(name)
+            self._datasets[name] = load()
         return self._datasets[name]
 
 
@@ -286,7 +295,7 @@ def hello(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         "torch": torch.__version__,
         "simulated": str("data" not in node),
     }
-    if "data" not in node:  # a real site's label counts are its own business
+    if "data" not in node and KINDS[share.kind].classes:  # a real site's label counts are its own business
         facts["labels"] = json.dumps(Counter(sample.answer for sample in share.data.samples), sort_keys=True)
     bad = worker.bad_rows()
     if bad:
@@ -391,19 +400,23 @@ def evaluate(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     fit_rank(worker.edge, leaves)
     worker.edge.load_travelling(leaves)
     llm, own = worker.llm(instruction.ticket), own_leaves(instruction, memory)
+    longest = config.max_new_tokens or longest_answer(worker.edge, share.held_out)
     if own is None:
-        answers = generate_answers(
-            worker.edge, llm, worker.features, share.held_out, max_new_tokens=config.max_new_tokens
-        )
+        answers = generate_answers(worker.edge, llm, worker.features, share.held_out, max_new_tokens=longest)
     else:
         answers = mixed_answers(
             *(worker.edge, own, llm, worker.features, share.held_out),
             reference=share.data.samples[: int(instruction.advice["mix_samples"])],
             strength=float(instruction.advice["mix_strength"]),
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=longest,
         )
-    right = sum(exact_match(a, s.answer) for a, s in zip(answers, share.held_out, strict=True))
-    metrics = {"accuracy": right / len(answers), "samples": len(answers)}
+    scores = scores_of(config.metric, share.kind, answers, share.held_out)
+    metrics = {"accuracy": next(iter(scores.values())), "samples": len(answers)}
+    metrics |= {f"score-{name}": score for name, score in scores.items()}
+    if own is None and not KINDS[share.kind].classes:
+        data = ClientData(share.held_out, worker.edge, worker.features)
+        loss = float(answer_losses(worker.edge, llm, data).double().mean())
+        metrics |= {"eval-loss": loss, "score-perplexity": perplexity(loss)}
     return Reply(name, instruction.round, metrics, {})
 
 

@@ -10,20 +10,35 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import shlex
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from fednano.data.options import DataOptions
 from fednano.errors import ConfigError
 
-__all__ = ["AUTO", "BACKENDS", "OTHER_WORK", "RunConfig", "Scalar", "check_backend", "parse_settings"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "OTHER_WORK",
+    "RunConfig",
+    "Scalar",
+    "check_backend",
+    "parse_settings",
+    "read_recipe",
+]
 
 Scalar = bool | int | float | str
 
 AUTO = "auto"
 """The merge rule that the adapter's algebra asks for."""
+
+_WORDS = re.compile(
+    r"""[^\s"']+(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s"'])*|\S+"""
+)  # a quoted value may hold spaces
 
 BACKENDS = ("ray", "inprocess")
 """How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no
@@ -45,7 +60,7 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
         ConfigError: the text is not a list of settings.
     """
     settings: dict[str, Any] = {}
-    for word in shlex.split(text, posix=False):
+    for word in _WORDS.findall(text):
         try:
             settings |= tomllib.loads(word)
         except tomllib.TOMLDecodeError as error:
@@ -53,6 +68,31 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
                 f"{where} has {word!r}; expected settings such as 'rounds=3 rule=\"fisher\"' ({error})."
             ) from error
     return settings
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The settings in a TOML file: in the table ``tool.flwr.app.config`` of a Flower app, else at its top.
+
+    Raises:
+        ConfigError: there is no such file, or it is no TOML.
+    """
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"the settings file {file} cannot be read: {error.strerror}. Check the path."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the settings file {file} is not TOML: {error}.") from error
+    table: Any = found
+    for key in ("tool", "flwr", "app", "config"):
+        if not isinstance(table, dict) or key not in table:
+            table = None if "tool" in found else found
+            break
+        table = table[key]
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file} has no table [tool.flwr.app.config]. Write the settings there.")
+    return table
 
 
 def check_backend(name: str) -> None:
@@ -78,9 +118,28 @@ class RunConfig:
     model: str = _setting(
         "tiny", "'tiny' (in the package), a model folder, or a Hugging Face id of a LLaVA model"
     )
-    dataset: str = _setting("easy-vqa", "'easy-vqa', or a folder with train.jsonl, test.jsonl and images")
+    dataset: str = _setting(
+        "easy-vqa",
+        "'easy-vqa'; a folder with train.jsonl, test.jsonl and images; a .jsonl, .csv or .parquet file; a folder of "
+        "pictures, ScienceQA or IconQA; or a Hugging Face id",
+    )
+    data_kind: str = _setting(
+        "auto",
+        "what its rows are: 'auto' (by their columns), 'vqa', 'multiple-choice', 'instruction', "
+        "'text-classification', 'token-classification' or 'image-classification'",
+    )
+    data_options: str = _setting(
+        "", 'which column is what: \'text="review" label="stars" test="validation"\'; see docs/data.md'
+    )
     clients: int = _setting(5, "number of clients in a simulation")
-    partition: str = _setting("dirichlet", "how a simulation divides the data: 'dirichlet' or 'iid'")
+    partition: str = _setting(
+        "dirichlet",
+        "how a simulation divides the data: 'dirichlet' (by answers), 'iid', 'column', 'sites' (a folder "
+        "each), or in growing sizes: 'linear', 'square', 'exponential'",
+    )
+    partition_by: str = _setting(
+        "", "column to divide by: 'column' gives each client its values, 'dirichlet' skews by it"
+    )
     alpha: float = _setting(0.3, "Dirichlet concentration: small means each client sees few kinds of answers")
     holdout: float = _setting(0.05, "share of a client's samples that it keeps for its own evaluation")
     # The adapters
@@ -200,7 +259,14 @@ class RunConfig:
     keep: str = _setting(
         "last", "adapters to end with: 'last', or 'best' by the clients' evaluations, else by the server's"
     )
-    max_new_tokens: int = _setting(3, "longest answer, in tokens")
+    metric: str = _setting(
+        "auto",
+        "what to judge answers by: 'auto' (by the data), 'exact-match', 'vqa', 'choice', 'token-f1', 'macro-f1', "
+        "'rouge-l' or 'entity-f1'",
+    )
+    max_new_tokens: int = _setting(
+        0, "longest answer, in tokens; 0 = as long as the longest right one, from 3 to 256"
+    )
     baselines: bool = _setting(False, "also run local-only, centralised, and the other merging rule")
     # The run itself
     seed: int = _setting(0, "same seed, same bits")
@@ -240,9 +306,22 @@ class RunConfig:
         parse_settings(self.adapter_options, "adapter-options")
         parse_settings(self.rule_options, "rule-options")
         parse_settings(self.codec_options, "codec-options")
+        self._check_data()
         names = self.stream_names
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
+
+    def _check_data(self) -> None:
+        DataOptions.from_mapping(parse_settings(self.data_options, "data-options"))
+        if self.partition == "column" and not self.partition_by:
+            raise ConfigError(
+                "partition is 'column', and partition-by names none. Set it to a column, such as 'hospital'."
+            )
+        if self.partition_by and self.partition not in ("column", "dirichlet"):
+            raise ConfigError(
+                f"partition-by is {self.partition_by!r}, which partition {self.partition!r} does not use. Set "
+                "partition to 'column' or 'dirichlet', or leave partition-by out."
+            )
 
     def _check_shares(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -285,6 +364,12 @@ class RunConfig:
     def adapter_settings(self) -> dict[str, Scalar]:
         """``adapter_options`` as values."""
         return parse_settings(self.adapter_options, "adapter-options")
+
+    @property
+    def data_settings(self) -> dict[str, Scalar]:
+        """``data_options`` as values, with the column to divide by."""
+        found = parse_settings(self.data_options, "data-options")
+        return found | ({"group": self.partition_by} if self.partition_by else {})
 
     @property
     def rank_steps(self) -> list[tuple[int, int]]:
@@ -367,7 +452,7 @@ _AT_LEAST = {
     "final_samples": 0,
     "evaluate_clients_every": 0,
     "early_stop": 0,
-    "max_new_tokens": 1,
+    "max_new_tokens": 0,
     "seed": 0,
 }
 _POSITIVE = (
@@ -384,7 +469,12 @@ _NON_NEGATIVE = (
     "dp_epsilon",
 )
 _CHOICES = {
-    "partition": ("dirichlet", "iid"),
+    "partition": ("dirichlet", "iid", "column", "sites", "linear", "square", "exponential"),
+    "metric": (*("auto", "exact-match", "vqa", "choice", "token-f1", "macro-f1", "rouge-l", "entity-f1"),),
+    "data_kind": (
+        *("auto", "vqa", "multiple-choice", "instruction"),
+        *("text-classification", "token-classification", "image-classification"),
+    ),
     "activation": ("linear", "gelu"),
     "optimizer": ("adam", "adamw", "sgd"),
     "late": ("drop", "buffer"),

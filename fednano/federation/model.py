@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from fednano.adapters import Adapter, Basis, create
 from fednano.adapters import options as adapter_options
 from fednano.aggregation import default_rule
-from fednano.data import Sample, load_dataset, partition, split_holdout
-from fednano.errors import ConfigError, HostRefused
-from fednano.federation.config import AUTO, RunConfig
+from fednano.data import KINDS, Dataset, Sample, load_dataset, partition, split_holdout
+from fednano.errors import ConfigError, DataError, HostRefused
+from fednano.federation.config import AUTO, RunConfig, parse_settings
 from fednano.federation.messages import HostTicket
 from fednano.host import RemoteLLM
 from fednano.models.edge import EdgePart, NanoEdge
@@ -25,14 +27,16 @@ from fednano.security.place import Credentials
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fednano.data import Dataset
-
 __all__ = [
     "build_adapter",
     "build_edge",
     "client_name",
     "connect",
+    "divide",
     "gathers",
+    "hold_out",
+    "load_data",
+    "load_site_data",
     "partition_samples",
     "put_adapters",
     "settled",
@@ -160,36 +164,90 @@ def client_name(number: int) -> str:
 
 def partition_samples(
     config: RunConfig, dataset: Dataset, number: int, clients: int
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Training and held-out samples of simulated client ``number``.
 
     Raises:
         DataError: the data cannot be divided as asked.
     """
-    parts = partition(
-        dataset.labels,
-        kind=config.partition,
+    return hold_out(config, dataset, divide(config, dataset, clients)[number])
+
+
+def divide(config: RunConfig, dataset: Dataset, clients: int) -> list[list[int]]:
+    """Row numbers of each client in a simulation. Raises DataError where the data cannot be divided as asked."""
+    if config.partition == "dirichlet" and not config.partition_by and not KINDS[dataset.kind].classes:
+        raise DataError(
+            f"partition is 'dirichlet', which divides by answers, and answers of {dataset.kind} data are no classes. "
+            "Set partition to 'iid' or 'linear', or partition-by to a column of the data."
+        )
+    grouped = bool(config.partition_by) or config.partition == "sites"
+    return partition(
+        dataset.groups if grouped else dataset.labels,
+        kind="column" if config.partition == "sites" else config.partition,
         clients=clients,
         alpha=config.alpha,
         seed=config.seed,
         min_samples=2,
     )
-    return hold_out(config, dataset, parts[number])
 
 
 def hold_out(
     config: RunConfig, dataset: Dataset, indices: Sequence[int]
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Divide a client's samples into those it trains on and those it judges by."""
     if config.holdout == 0:
-        return [dataset[index] for index in indices], []
+        return dataset.rows(indices), ()
     train, held = split_holdout(indices, config.holdout, config.seed)
-    return [dataset[index] for index in train], [dataset[index] for index in held]
+    return dataset.rows(train), dataset.rows(held)
 
 
-def load_training_data(name_or_path: str) -> Dataset:
-    """The training split of a data set, by name or folder."""
-    return load_dataset(name_or_path, "train")
+def load_data(config: RunConfig, split: str = "train") -> Dataset:
+    """A split of the run's data set; with partition ``sites`` what all its sites train on, each a group. Raises
+    DataError."""
+    if config.partition == "sites" and split == "train":
+        return _all_sites(config)
+    return load_dataset(config.dataset, split, kind=config.data_kind, options=config.data_settings)
+
+
+def _all_sites(config: RunConfig) -> Dataset:
+    base = Path(config.dataset).expanduser() / "sites"
+    folders = sorted(path for path in base.iterdir() if path.is_dir()) if base.is_dir() else []
+    if len(folders) != config.clients:
+        found = ", ".join(path.name for path in folders[:10]) or "none"
+        raise DataError(
+            f"partition is 'sites' with {config.clients} clients, and {base} has {len(folders)} folders ({found}). "
+            "Make one for each client, or set clients to their number."
+        )
+    each = {path.name: load_site_data(config, str(path)) for path in folders}
+    kinds = {data.kind for data in each.values()}
+    if len(kinds) > 1:
+        raise DataError(f"the sites below {base} hold different kinds of data: {', '.join(sorted(kinds))}.")
+    samples = [
+        replace(sample, id=f"{site}/{sample.id}", group=site)
+        for site, data in each.items()
+        for sample in data
+    ]
+    bad = tuple(row for data in each.values() for row in data.bad_rows)
+    return Dataset(base.parent.name, "train", tuple(samples), bad, kinds.pop())
+
+
+def load_site_data(config: RunConfig, path: str, kind: str = "", options: str = "") -> Dataset:
+    """An institution's own data, all of it for training.
+
+    Args:
+        config: the run's settings; they say how to read the data unless the site says so itself.
+        path: file or folder.
+        kind: as the setting ``data-kind``.
+        options: as the setting ``data-options``.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    own = parse_settings(options, "data-options of the node configuration") if options else None
+    settings = (
+        {k: v for k, v in config.data_settings.items() if k not in ("group", "test")} if own is None else own
+    )
+    return load_dataset(path, "train", kind=kind or config.data_kind, options=settings, whole=True)
 
 
 def use_threads(config: RunConfig) -> None:

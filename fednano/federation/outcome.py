@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fednano.data import Sample, decode_image
+from fednano.evaluation import across_clients, score_each
 from fednano.federation.baselines import BaselineResult
 from fednano.federation.evaluator import Judgement
+from fednano.federation.marking import given_answers
 from fednano.federation.private import privacy_of
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult
 from fednano.models.edge import NanoEdge
@@ -103,9 +106,31 @@ def summarise(
         dataset=config.dataset,
         phases=phases,
         test_samples=len(fed.evaluator.samples(config.final_samples)),
-        extra={"placement": config.placement, "spread": spread, "training_samples": wire.samples}
+        metric=fed.evaluator.metric,
+        scores={"zero_shot": zero_shot.scores, "federated": final.scores},
+        extra={
+            "placement": config.placement,
+            "spread": spread,
+            "training_samples": wire.samples,
+            "on_clients": _on_clients(fed),
+        }
         | ({"privacy": privacy_of(fed, result.rounds)} if config.dp != "off" else {}),
     )
+
+
+def _on_clients(fed: Federation) -> dict[str, object] | None:
+    """What the clients' own judgements of the final adapters have in common; ``None`` where they made none."""
+    rows = [
+        row
+        for row in fed.folder.metrics()
+        if row["phase"] == MAIN_PHASE and row["scope"] == "client" and row.get("final")
+    ]
+    if not rows:
+        return None
+    found = across_clients(
+        {row["client"]: row["accuracy"] for row in rows}, {row["client"]: row["samples"] for row in rows}
+    )
+    return asdict(found)
 
 
 def _mean(total: int, count: int) -> float:
@@ -123,6 +148,10 @@ def _write_predictions(fed: Federation, zero_shot: Judgement, final: Judgement) 
             "answer": sample.answer,
             "zero_shot": zero_shot.answers[index],
             MAIN_PHASE: final.answers[index],
+            "scores": {
+                name: score_each(fed.evaluator.metric, judged.answers[index], given_answers(sample))
+                for name, judged in (("zero_shot", zero_shot), (MAIN_PHASE, final))
+            },
         }
         if sample.image is not None:
             row["image"] = fed.folder.save_image(f"sample-{index:05d}", decode_image(sample.image))
@@ -130,7 +159,7 @@ def _write_predictions(fed: Federation, zero_shot: Judgement, final: Judgement) 
     fed.folder.write_json("predictions.json", rows)
 
 
-def _varied(samples: list[Sample], zero_shot: Judgement, final: Judgement) -> list[int]:
+def _varied(samples: Sequence[Sample], zero_shot: Judgement, final: Judgement) -> list[int]:
     """Indices to show: every fourth place to a wrong answer of the tuned model, and answers in turn.
 
     Right answers alone would flatter; a random draw would mostly show the commonest answer.

@@ -84,7 +84,10 @@ def mixed_answers(
         max_new_tokens: longest answer, in tokens.
     """
     with torch.no_grad():
-        prompts = [edge.edge.prompt(s.question, None, image=s.image is not None) for s in reference]
+        prompts = [
+            edge.edge.prompt(s.question, None, image=s.image is not None, history=s.history)
+            for s in reference
+        ]
         known = _embedding(edge(prompts, features.get(reference)))
         mixed = cast("NanoEdge", _MixedEdge(edge, own, known, strength))
         answers: list[str] = []

@@ -189,6 +189,7 @@ def _run(
         samples = int(client.hello.metrics["samples"])
         auditor.record("joined", run=folder.id, site=name, node=str(client.node), samples=samples)
     evaluator = Evaluator(config, edge, llm, Path(config.cache_dir))
+    config = config.changed(metric=evaluator.metric)  # clients judge by the same
     fed = Federation(
         grid=grid,
         nodes=by_name,

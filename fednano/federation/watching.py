@@ -98,7 +98,14 @@ def judge_round(
         samples = fed.evaluator.samples(config.evaluate_samples)
         judged = fed.evaluator.judge(result.tuned, samples)
         record |= {"accuracy": judged.accuracy, "loss": judged.loss, "samples": len(samples)}
-        fed.view.evaluation(phase, number, accuracy=judged.accuracy, loss=judged.loss, samples=len(samples))
+        record["scores"] = judged.scores
+        fed.view.evaluation(
+            *(phase, number),
+            accuracy=judged.accuracy,
+            loss=judged.loss,
+            samples=len(samples),
+            metric=fed.evaluator.title,
+        )
         accuracy, loss = judged.accuracy, judged.loss
     if config.evaluate_clients_every and rule is not None:
         accuracy = loss = None
@@ -149,6 +156,8 @@ def judge_on_clients(
             "accuracy": reply.metrics["accuracy"],
             "samples": int(reply.metrics["samples"]),
         }
+        own = {k.removeprefix("score-"): v for k, v in reply.metrics.items() if k.startswith("score-")}
+        record |= {"scores": own} if own else {}
         fed.folder.append_metrics(record | ({"final": True} if final else {}))
         scores.append((reply.metrics["accuracy"], int(reply.metrics["samples"])))
     return scores

@@ -62,7 +62,7 @@ class EdgePart(nn.Module):
         self.feature_strategy = feature_strategy
         self.hidden_size = hidden_size
         self.fingerprint = fingerprint
-        self._prompts: dict[tuple[str, str | None, bool], Prompt] = {}
+        self._prompts: dict[tuple[object, ...], Prompt] = {}
         self.requires_grad_(False)
 
     def preprocess(self, images: Sequence[Any]) -> Tensor:
@@ -93,14 +93,21 @@ class EdgePart(nn.Module):
         features: Tensor = self.connector(torch.cat(chosen, dim=-1))
         return features
 
-    def prompt(self, question: str, answer: str | None, *, image: bool = True) -> Prompt:
+    def prompt(
+        self,
+        question: str,
+        answer: str | None,
+        *,
+        image: bool = True,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> Prompt:
         """Token ids of one sample; see :func:`fednano.models.prompt.build_prompt`. Equal texts are tokenised once."""
-        key = (question, answer, image)
+        key = (question, answer, image, history)
         if key not in self._prompts:
             if len(self._prompts) >= _PROMPTS:
                 self._prompts.clear()
             self._prompts[key] = build_prompt(
-                self.tokenizer, self.image_token_id, question, answer, image=image
+                self.tokenizer, self.image_token_id, question, answer, image=image, history=history
             )
         return self._prompts[key]
 

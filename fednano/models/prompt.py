@@ -6,6 +6,7 @@ tokenizer makes, whatever its rules for spaces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,20 +61,37 @@ def _processor_template(files: ModelFiles) -> str | None:
     return None
 
 
-def _render(tokenizer: Any, question: str, image: bool, textual: bool) -> str:
-    content: list[dict[str, str]] | str = question  # templates of text-only models know nothing else
-    if not textual:
-        content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
+def _render(
+    tokenizer: Any, question: str, image: bool, textual: bool, history: Sequence[tuple[str, str]]
+) -> str:
+    messages: list[dict[str, Any]] = []
+    for role, said in (*history, ("user", question)):
+        content: list[dict[str, str]] | str = said  # templates of text-only models know nothing else
+        if not textual:
+            first = image and role == "user" and not any(message["role"] == "user" for message in messages)
+            # an image stands where the conversation begins
+            content = [*([{"type": "image"}] if first else []), {"type": "text", "text": said}]
+        messages.append({"role": role, "content": content})
     if tokenizer.chat_template is not None:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text
     # LLaVA-1.5's format, which checkpoints without a template were tuned on.
-    return f"USER: {'<image>' + chr(10) if image else ''}{question} ASSISTANT:"
+    marks = {"user": "USER: ", "assistant": "ASSISTANT: "}
+    turns = [marks.get(role, "") + said for role, said in (*history, ("user", question))]
+    if image:
+        first = next(place for place, turn in enumerate(turns) if turn.startswith(marks["user"]))
+        turns[first] = f"{marks['user']}<image>\n{turns[first].removeprefix(marks['user'])}"
+    return " ".join([*turns, "ASSISTANT:"])
 
 
 def build_prompt(
-    tokenizer: Any, image_token_id: int, question: str, answer: str | None, *, image: bool = True
+    tokenizer: Any,
+    image_token_id: int,
+    question: str,
+    answer: str | None,
+    *,
+    image: bool = True,
+    history: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
     """Tokenise one sample.
 
@@ -83,11 +101,12 @@ def build_prompt(
         question: the question, as text.
         answer: the answer to learn, or ``None`` for a prompt to generate from.
         image: whether the sample has an image.
+        history: what was said before, as (role, text); part of the prompt, so nothing of it is learnt.
 
     Raises:
         ModelError: the template yields no placeholder (or several) for an image.
     """
-    text = _render(tokenizer, question, image, image_token_id < 0)
+    text = _render(tokenizer, question, image, image_token_id < 0, history)
     ids: list[int] = tokenizer(text, add_special_tokens=not _starts_with_bos(tokenizer, text))["input_ids"]
     placeholders = ids.count(image_token_id)
     if placeholders != int(image):

@@ -63,6 +63,7 @@ class LiveView:
         self._losses: list[float] = []
         self._accuracies: list[float] = []
         self._zero_shot: float | None = None
+        self._metric = "accuracy"
         self._bytes: dict[str, int] = {}
 
     # events
@@ -135,14 +136,16 @@ class LiveView:
         accuracy: float,
         loss: float | None = None,
         samples: int | None = None,
+        metric: str = "accuracy",
     ) -> None:
         """Show the accuracy."""
         with self._lock:
             self._accuracies.append(accuracy)
+            self._metric = metric
             if phase == "zero_shot":
                 self._zero_shot = accuracy
         if not number:
-            self.message(f"{phase_title(phase)}: accuracy {format_percent(accuracy)}")
+            self.message(f"{phase_title(phase)}: {metric} {format_percent(accuracy)}")
 
     def message(self, text: str, level: str = "info") -> None:
         """Print a line above the block."""
@@ -243,7 +246,7 @@ class LiveView:
         if self._losses:
             parts.append(f"loss {self._losses[-1]:.4f} {self._spark(self._losses)}".rstrip())
         if self._accuracies:
-            text = f"accuracy {format_percent(self._accuracies[-1])} {self._spark(self._accuracies)}".rstrip()
+            text = f"{self._metric} {format_percent(self._accuracies[-1])} {self._spark(self._accuracies)}".rstrip()
             if self._zero_shot is not None and self._phase != "zero_shot":
                 text += f" (zero-shot {format_percent(self._zero_shot)})"
             parts.append(text)

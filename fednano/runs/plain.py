@@ -104,10 +104,13 @@ class PlainView:
         accuracy: float,
         loss: float | None = None,
         samples: int | None = None,
+        metric: str = "accuracy",
     ) -> None:
         """Write the accuracy."""
         where = f"{phase_title(phase)}, round {number}" if number else phase_title(phase)
-        self._line(f"evaluation ({where})" + _numbers(loss=loss, accuracy=accuracy, samples=samples))
+        self._line(
+            f"evaluation ({where})" + _numbers(loss=loss, accuracy=accuracy, samples=samples, metric=metric)
+        )
 
     def message(self, text: str, level: str = "info") -> None:
         """Write the text, with its level unless that is ``"info"``."""
@@ -185,6 +188,7 @@ class QuietView:
         accuracy: float,
         loss: float | None = None,
         samples: int | None = None,
+        metric: str = "accuracy",
     ) -> None:
         """Nothing."""
 
@@ -208,12 +212,13 @@ def _numbers(
     samples: int | None = None,
     seconds: float | None = None,
     sizes: Mapping[str, int] | None = None,
+    metric: str = "accuracy",
 ) -> str:
     parts = []
     if loss is not None:
         parts.append(f"loss {loss:.4f}")
     if accuracy is not None:
-        parts.append(f"accuracy {format_percent(accuracy)}")
+        parts.append(f"{metric} {format_percent(accuracy)}")
     if samples is not None:
         parts.append(f"{samples:,} samples")
     if seconds is not None:

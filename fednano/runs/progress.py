@@ -99,8 +99,9 @@ class RunView(Protocol):
         accuracy: float,
         loss: float | None = None,
         samples: int | None = None,
+        metric: str = "accuracy",
     ) -> None:
-        """The model after round ``number`` of ``phase`` was evaluated; ``accuracy`` in [0, 1]."""
+        """The model after round ``number`` of ``phase`` was evaluated; ``accuracy`` in [0, 1], by ``metric``."""
 
     def message(self, text: str, level: str = "info") -> None:
         """Something to know; ``level`` is ``"info"``, ``"warning"`` or ``"error"``."""

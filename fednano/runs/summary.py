@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fednano.errors import RunError
+from fednano.evaluation import TITLES
 
 __all__ = ["REQUIRED", "STATUSES", "Phase", "Summary", "installed_versions"]
 
@@ -56,7 +57,7 @@ class Phase:
     """One phase of a run: zero-shot evaluation, federated tuning, a baseline.
 
     Attributes:
-        accuracy: exact match on the test set after the last round, in [0, 1].
+        accuracy: score on the test set after the last round, by the run's metric, in [0, 1].
         rounds: rounds done; 0 for an evaluation only.
         seconds: wall time of the phase, or None where it was not measured by itself.
         loss: loss at the end, or None.
@@ -75,7 +76,7 @@ class Summary:
     """The outcome of a run.
 
     Attributes:
-        accuracy: phase -> exact match on the test set, in [0, 1]; at least ``zero_shot`` and ``federated``.
+        accuracy: phase -> score on the test set by ``metric``, in [0, 1]; at least ``zero_shot`` and ``federated``.
         bytes: measured on the wire. ``adapter_up_per_client_round``, ``adapter_down_per_client_round``: mean
             bytes of one client in one round. ``activation_up_per_sample_step``,
             ``activation_down_per_sample_step``: mean bytes of one sample in one training step. Up is towards
@@ -94,6 +95,8 @@ class Summary:
         phases: more about each phase; keys as in ``accuracy``.
         test_samples: number of test samples behind each accuracy, or None.
         status: ``"complete"``, or ``"interrupted"`` where fewer rounds were done than asked for.
+        metric: what ``accuracy`` is measured by, a name in `fednano.evaluation.METRICS`.
+        scores: phase -> metric -> score, for every metric that fits the data; perplexity where answers are free text.
         extra: anything else to keep; must be JSON.
     """
 
@@ -112,6 +115,8 @@ class Summary:
     phases: Mapping[str, Phase] = field(default_factory=dict)
     test_samples: int | None = None
     status: str = "complete"
+    metric: str = "exact-match"
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -161,6 +166,8 @@ def _problems(summary: Summary) -> list[str]:
     found += _check_number("wall_seconds", summary.wall_seconds, 0, math.inf)
     if summary.test_samples is not None:
         found += _check_whole("test_samples", summary.test_samples, 1)
+    if summary.metric not in TITLES:
+        found.append(f"metric must be one of {', '.join(TITLES)}, got {summary.metric!r:.60}")
     for name in ("rule", "adapter"):
         if not isinstance(getattr(summary, name), str) or not getattr(summary, name):
             found.append(f"{name} must be a name, got {getattr(summary, name)!r:.60}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from fednano.evaluation import TITLES
 from fednano.runs.text import format_bytes, format_count, format_percent, phase_title
 
 if TYPE_CHECKING:
@@ -24,10 +25,19 @@ def final_rows(summary: Summary, report: Path | None = None) -> list[tuple[str, 
         report: path of the report, or None where none was written.
     """
     before = summary.accuracy["zero_shot"]
+    title = TITLES[summary.metric]
     rows: list[tuple[str, str]] = []
     for phase, accuracy in summary.accuracy.items():
         gain = "" if phase == "zero_shot" else f"  ({100 * (accuracy - before):+.1f} points)"
-        rows.append((f"Accuracy, {phase_title(phase).lower()}", format_percent(accuracy) + gain))
+        rows.append((f"{title}, {phase_title(phase).lower()}", format_percent(accuracy) + gain))
+    for name, score in summary.scores.get("federated", {}).items():
+        if name != summary.metric:
+            shown = f"{score:.2f}" if name == "perplexity" else format_percent(score)
+            rows.append((f"{TITLES.get(name, name.capitalize())}, federated", shown))
+    spread = summary.extra.get("on_clients")
+    if spread and spread["clients"] > 1:
+        shown = f"{format_percent(spread['mean'])}, worst {spread['worst_client']} {format_percent(spread['low'])}"
+        rows.append((f"{title}, on the clients' own samples", shown))
     size, count = summary.bytes, summary.parameters
     rounds = f"{summary.rounds} with {summary.clients} clients"
     rows += [
@@ -69,7 +79,7 @@ def final_table(summary: Summary) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in final_rows(summary):
-        style = "bold green" if name == "Accuracy, federated" else ""
+        style = "bold green" if name.endswith(", federated") else ""
         table.add_row(Text(name), Text(value, style=style))
     return table
 

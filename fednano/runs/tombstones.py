@@ -85,10 +85,10 @@ class Tombstones:
         """Those of one owner, at the same epoch: other clients are not told what it forgets."""
         return Tombstones(self.epoch, tuple(each for each in self.sets if each.site == site))
 
-    def keep(self, samples: Sequence[_Item]) -> list[_Item]:
+    def keep(self, samples: Sequence[_Item]) -> Sequence[_Item]:
         """The samples that are not forgotten, in their order."""
         if not self.sets:
-            return list(samples)
+            return samples
         by_salt: dict[str, set[str]] = {}
         for each in self.sets:
             by_salt.setdefault(each.salt, set()).update(each.hashes)

@@ -10,11 +10,12 @@ from torch import Tensor
 from fednano.data import Sample
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
+from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
 from fednano.training.overlap import overlap
 
-__all__ = ["answer_losses", "generate_answers"]
+__all__ = ["answer_losses", "generate_answers", "longest_answer"]
 
 
 no_grad = torch.no_grad()  # as a decorator: what a thread inherits of the caller's setting is nothing
@@ -43,7 +44,7 @@ def generate_answers(
         batch_size: questions a call.
         width: calls at one time.
     """
-    prompts = [edge.edge.prompt(sample.question, None, image=sample.image is not None) for sample in samples]
+    prompts = [_prompt(edge, sample, None) for sample in samples]
     order = sorted(range(len(samples)), key=lambda index: (len(prompts[index].ids), index))
     features.warm(samples)
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -59,6 +60,21 @@ def generate_answers(
         for index, text in zip(part, texts, strict=True):
             answers[index] = text.strip()
     return answers
+
+
+def longest_answer(edge: NanoEdge, samples: Sequence[Sample], *, least: int = 3, most: int = 256) -> int:
+    """Tokens that the longest right answer takes, its end token included, in ``[least, most]``."""
+    found = least
+    for sample in samples:
+        prompt = _prompt(edge, sample, sample.answer)
+        found = max(found, len(prompt.answer))
+        if found >= most:
+            return most
+    return found
+
+
+def _prompt(edge: NanoEdge, sample: Sample, answer: str | None) -> Prompt:
+    return edge.edge.prompt(sample.question, answer, image=sample.image is not None, history=sample.history)
 
 
 def answer_losses(

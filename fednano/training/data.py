@@ -37,7 +37,6 @@ class ClientData:
         self.samples = samples
         self._edge = edge
         self._features = features
-        self._prompts: dict[int, Prompt] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -53,12 +52,10 @@ class ClientData:
         self._features.warm([self.samples[index] for index in indices])
 
     def _prompt(self, index: int) -> Prompt:
-        if index not in self._prompts:
-            sample = self.samples[index]
-            self._prompts[index] = self._edge.edge.prompt(
-                sample.question, sample.answer, image=sample.image is not None
-            )
-        return self._prompts[index]
+        sample = self.samples[index]  # the edge keeps what it has tokenised
+        return self._edge.edge.prompt(
+            sample.question, sample.answer, image=sample.image is not None, history=sample.history
+        )
 
 
 def draw(available: int, count: int, *, seed: int, client: str, start: int) -> list[int]:

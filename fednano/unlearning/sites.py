@@ -9,7 +9,7 @@ from typing import Protocol
 from fednano.data import Sample
 from fednano.errors import DataError, RunError
 from fednano.federation.config import RunConfig
-from fednano.federation.model import client_name, hold_out, load_training_data, partition_samples
+from fednano.federation.model import client_name, hold_out, load_data, load_site_data, partition_samples
 from fednano.runs import RunFolder
 from fednano.runs.tombstones import read_tombstones
 from fednano.training.data import draw
@@ -72,7 +72,7 @@ def simulated_sites(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]
             f"run {folder.id} was made by real sites, whose data is not on this machine. Give their data as sites, "
             "or run the job at a deployment."
         )
-    dataset, forgotten = load_training_data(config.dataset), read_tombstones(folder.path)
+    dataset, forgotten = load_data(config), read_tombstones(folder.path)
     sites: dict[str, SiteData] = {}
     for number in range(config.clients):
         train, held = partition_samples(config, dataset, number, config.clients)
@@ -82,7 +82,7 @@ def simulated_sites(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]
 
 def own_site(config: RunConfig, data: str) -> SiteData:
     """A real site's samples from its own folder, divided as its training did."""
-    dataset = load_training_data(data)
+    dataset = load_site_data(config, data)
     return Site(*hold_out(config, dataset, range(len(dataset))))
 
 

@@ -10,12 +10,12 @@ from statistics import fmean
 
 from torch import Tensor
 
-from fednano.data import Sample, load_dataset
+from fednano.data import Sample
 from fednano.errors import ConfigError, DataError, RunError
 from fednano.federation.answer import tuned_edge
 from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket
-from fednano.federation.model import connect, use_threads
+from fednano.federation.model import connect, load_data, use_threads
 from fednano.federation.server import config_of
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel, LocalLLM
@@ -112,7 +112,7 @@ class Workspace:
             )
         cache = Path(self.config.cache_dir) if self.config.cache_dir else self.folder.path / "cache"
         self.features = FeatureCache(self.edge.edge, cache)
-        self._tests = some(list(load_dataset(self.config.dataset, "test")), seed, "test")
+        self._tests = some(list(load_data(self.config, "test")), seed, "test")
         self._unseen = some(
             [*self.scope.held_out[owner], *self._tests],
             seed,

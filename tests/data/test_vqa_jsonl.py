@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fednano.data import load_dataset, load_vqa_jsonl
+from fednano.data import load_dataset
 from fednano.errors import DataError
 
 GOOD = {"image": "a.png", "question": "what is it?", "answer": "a cat"}
@@ -69,7 +69,7 @@ def test_bad_rows_are_reported_with_file_and_line(
     line, reason = BAD[kind]
     folder = make(tmp_path / "mine", GOOD, "", line, GOOD)
     with caplog.at_level(logging.WARNING, logger="fednano.data"):
-        data = load_vqa_jsonl(folder)
+        data = load_dataset(folder)
     assert len(data) == 2
     [bad] = data.bad_rows
     assert (bad.file, bad.line) == (folder / "train.jsonl", 3)
@@ -77,7 +77,7 @@ def test_bad_rows_are_reported_with_file_and_line(
     assert f"train.jsonl:3: {bad.reason}" in caplog.text
     assert "1 of 3 rows" in caplog.text
     with pytest.raises(DataError, match=r"train\.jsonl:3"):
-        load_vqa_jsonl(folder, strict=True)
+        load_dataset(folder, strict=True)
 
 
 def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
@@ -85,12 +85,12 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(secret)
     folder = make(tmp_path / "mine", {"image": "link.png", "question": "q", "answer": "x"}, GOOD)
     (folder / "images" / "link.png").symlink_to(secret)
-    assert "outside the data folder" in load_vqa_jsonl(folder).bad_rows[0].reason
+    assert "outside the data folder" in load_dataset(folder).bad_rows[0].reason
 
 
 def test_ids_must_be_unique(tmp_path: Path) -> None:
     folder = make(tmp_path / "mine", GOOD | {"id": "1"}, GOOD | {"id": "1"})
-    assert "used before" in load_vqa_jsonl(folder).bad_rows[0].reason
+    assert "used before" in load_dataset(folder).bad_rows[0].reason
 
 
 @settings(max_examples=30, deadline=None)
@@ -105,36 +105,36 @@ def test_every_row_is_either_read_or_reported(
     expected_bad = [place for place, kind in enumerate(kinds, start=1) if kind in BAD]
     if "good" not in kinds:
         with pytest.raises(DataError):
-            load_vqa_jsonl(folder)
+            load_dataset(folder)
         return
-    data = load_vqa_jsonl(folder)
+    data = load_dataset(folder)
     assert [row.line for row in data.bad_rows] == expected_bad
     assert len(data) == kinds.count("good")
 
 
 def test_missing_folder_and_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"neither a known name \(easy-vqa\) nor a folder"):
+    with pytest.raises(DataError, match=r"neither a known name nor a folder or file here"):
         load_dataset("no-such-data")
     folder = make(tmp_path / "mine", GOOD)
     with pytest.raises(DataError, match=r"has no test\.jsonl \(it has: train\.jsonl\)"):
         load_dataset(folder, "test")
     with pytest.raises(DataError, match="has no"):
-        load_vqa_jsonl(folder, "../mine/train")
-    with pytest.raises(DataError, match="does not exist"):
-        load_vqa_jsonl(tmp_path / "nowhere")
+        load_dataset(folder, "../mine/train")
+    with pytest.raises(DataError, match="nor a folder or file that exists"):
+        load_dataset(tmp_path / "nowhere")
 
 
 def test_empty_file_and_wrong_encoding(tmp_path: Path) -> None:
     folder = make(tmp_path / "mine")
     with pytest.raises(DataError, match="holds no rows"):
-        load_vqa_jsonl(folder)
+        load_dataset(folder)
     (folder / "train.jsonl").write_bytes(json.dumps(GOOD).encode("utf-16"))
     with pytest.raises(DataError, match="not UTF-8"):
-        load_vqa_jsonl(folder)
+        load_dataset(folder)
 
 
 def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
     folder = make(tmp_path / "mine", GOOD)
     source = folder / "train.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
-    assert len(load_vqa_jsonl(folder)) == 1
+    assert len(load_dataset(folder)) == 1

@@ -16,7 +16,7 @@ from fednano.federation import client_task
 from fednano.federation.config import RunConfig
 from fednano.federation.forgetting import ForgettingGrid, resume_point
 from fednano.federation.messages import HostTicket, Instruction, Reply
-from fednano.federation.model import load_training_data, partition_samples
+from fednano.federation.model import load_data, partition_samples
 from fednano.federation.simulation import simulate
 from fednano.runs import RunFolder, make_view
 from fednano.runs.tombstones import PENDING, Tombstone, Tombstones, sample_hash, write_tombstones
@@ -27,7 +27,7 @@ SALT = "ab" * 32
 
 def ids_of(settings: dict[str, Any], client: int) -> list[str]:
     config = RunConfig(**settings)
-    train, held = partition_samples(config, load_training_data(config.dataset), client, config.clients)
+    train, held = partition_samples(config, load_data(config), client, config.clients)
     return [sample.id for sample in (*train, *held)]
 
 

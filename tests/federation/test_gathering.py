@@ -16,7 +16,7 @@ from fednano.federation import client_task
 from fednano.federation.answer import answer
 from fednano.federation.config import RunConfig
 from fednano.federation.gathering import BASIS_FILE, BasisStore, client_gradients, statistics, unflatten
-from fednano.federation.model import build_edge, load_training_data
+from fednano.federation.model import build_edge, load_data
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LocalLLM
 from fednano.models.load import load_language
@@ -42,7 +42,7 @@ def test_the_summed_parts_are_the_gradient_of_everybodys_loss(small_vqa: Path) -
     config = RunConfig(rank=4, batch_size=5)
     nano = build_edge(config)
     llm = LocalLLM(load_language("tiny"))
-    data = ClientData(list(load_training_data(str(small_vqa)))[:12], nano, FeatureCache(nano.edge))
+    data = ClientData(list(load_data(RunConfig(dataset=str(small_vqa))))[:12], nano, FeatureCache(nano.edge))
     parts = {
         name: client_gradients(nano.edge, llm, data, part, config)
         for name, part in (("b", list(range(7))), ("a", list(range(7, 12))))

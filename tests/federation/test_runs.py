@@ -27,7 +27,7 @@ from fednano.federation.apps import client_app
 from fednano.federation.config import RunConfig
 from fednano.federation.exchange import Stop
 from fednano.federation.inprocess import InProcessGrid
-from fednano.federation.model import build_edge, client_name, load_training_data, partition_samples
+from fednano.federation.model import build_edge, client_name, load_data, partition_samples
 from fednano.federation.server import run_server
 from fednano.runs import QuietView, RunFolder, make_view
 from fednano.training.data import draw
@@ -124,7 +124,7 @@ def test_the_order_of_replies_does_not_matter(rule: str, run: Run, settings: dic
 
 def tokens_trained_on(config: RunConfig) -> tuple[int, int]:
     """Tokens of all samples that all clients train on in a run, image tokens included, and the steps they take."""
-    edge, dataset = build_edge(config).edge, load_training_data(config.dataset)
+    edge, dataset = build_edge(config).edge, load_data(config)
     image_tokens = 16
     tokens = steps = 0
     for number in range(config.clients):

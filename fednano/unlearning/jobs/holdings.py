@@ -175,19 +175,25 @@ class RunHoldings:
 
         return config_of(self._folder)
 
-    def _samples(self, site: str) -> tuple[list[Sample], list[Sample]]:
-        from fednano.federation.model import client_name, hold_out, load_training_data, partition_samples
+    def _samples(self, site: str) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        from fednano.federation.model import (
+            client_name,
+            hold_out,
+            load_data,
+            load_site_data,
+            partition_samples,
+        )
 
         config = self._config()
         if site in self._data:
-            dataset = load_training_data(str(self._data[site]))
+            dataset = load_site_data(config, str(self._data[site]))
             return hold_out(config, dataset, range(len(dataset)))
         names = {client_name(number): number for number in range(config.clients)}
         if site not in names:
             raise DataError(
                 f"{site!r} is no simulated client of this run; it has {', '.join(sorted(names))}."
             )
-        return partition_samples(config, load_training_data(config.dataset), names[site], config.clients)
+        return partition_samples(config, load_data(config), names[site], config.clients)
 
     def _rounds(self, site: str) -> list[int]:
         """The rounds whose merged adapter holds an update of this site."""

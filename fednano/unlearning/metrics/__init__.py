@@ -3,6 +3,7 @@
 Everything here works on plain numbers; `fednano.unlearning.measure` gets them out of a model.
 """
 
+from fednano.evaluation import Rouge, rouge_l
 from fednano.unlearning.metrics.memorisation import (
     TokenScores,
     exact_memorisation,
@@ -25,7 +26,6 @@ from fednano.unlearning.metrics.privacy import (
     zlib_score,
 )
 from fednano.unlearning.metrics.quality import ForgetQuality, forget_quality, truth_ratio, truth_ratio_score
-from fednano.unlearning.metrics.text import Rouge, rouge_l
 from fednano.unlearning.metrics.tofu import TofuReport, evaluate_tofu, read_log
 from fednano.unlearning.metrics.utility import UTILITY_PARTS, model_utility
 
