@@ -12,6 +12,7 @@ import typer
 from fednano import __version__
 from fednano.cli.audit import app as audit_app
 from fednano.cli.bench import app as bench_app
+from fednano.cli.compare import compare
 from fednano.cli.deploy import app as deploy_app
 from fednano.cli.doctor import doctor
 from fednano.cli.evaluate import app as evaluate_app
@@ -41,6 +42,7 @@ app.add_typer(deploy_app, name="deploy")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(unlearn_app, name="unlearn")
+app.command()(compare)
 app.command()(doctor)
 app.command()(init)
 
@@ -161,12 +163,14 @@ def host(context: typer.Context) -> None:
 def report(
     run: Annotated[str, typer.Argument(help="A run's id or folder, or 'latest'.")] = "latest",
     runs_dir: Annotated[str, typer.Option(help="Folder of the run folders.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the path as JSON.")] = False,
 ) -> None:
     """Write a run's report.html again from its files, and print its path."""
     from fednano.runs import RunFolder
     from fednano.runs.report import render_report
 
-    typer.echo(render_report(RunFolder.open(run, root=runs_dir).path))
+    path = str(render_report(RunFolder.open(run, root=runs_dir).path))
+    typer.echo(json.dumps({"report": path}) if as_json else path)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fednano.evaluation import TITLES
 from fednano.runs.atomic import write_bytes
 from fednano.runs.folder import RunFolder
 from fednano.runs.report_data import ReportData, collect
@@ -49,6 +50,7 @@ def report_html(data: ReportData) -> str:
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+    from fednano.runs import report_extra as extra
     from fednano.runs import report_sections as sections
     from fednano.runs.report_curves import curves
 
@@ -62,6 +64,7 @@ def report_html(data: ReportData) -> str:
     )
     environment.filters["percent"] = format_percent
     environment.filters["phase"] = phase_title
+    title = TITLES[data.summary.metric] if data.summary else "Accuracy"
     outcomes = [prediction.outcome for prediction in data.predictions]
     text: str = environment.get_template("report.html.j2").render(
         data=data,
@@ -70,17 +73,40 @@ def report_html(data: ReportData) -> str:
         verdict=sections.verdict(data),
         tiles=sections.tiles(data),
         phases=sections.phase_rows(data.summary) if data.summary else [],
-        curves=curves(data.metrics),
+        curves=curves(data.metrics, title),
         clients=_client_rows(data.metrics.clients),
         planes=sections.plane_rows(data.metrics),
         wire=sections.wire_sentences(data),
         partition=sections.partition_rows(data.partition) if data.partition else None,
+        heat=extra.client_heat(data.metrics),
+        spectrum=extra.spectrum_rows(data.spectrum),
+        privacy=extra.privacy_rows(data.config, data.summary),
+        title=title,
+        scores=_scores(data),
         outcomes={name: outcomes.count(name) for name in ("fixed", "kept", "broken", "wrong")},
         main=data.metrics.main,
         settings=_settings(data.config),
         command=data.config.get("command"),
     )
     return text
+
+
+def _scores(data: ReportData) -> list[tuple[str, str, str]]:
+    """Every further metric: its title, before and after."""
+    if data.summary is None:
+        return []
+    before, after = (data.summary.scores.get(phase, {}) for phase in ("zero_shot", "federated"))
+
+    def write(name: str, value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.2f}" if name == "perplexity" else format_percent(value)
+
+    return [
+        (TITLES.get(name, name.capitalize()), write(name, before.get(name)), write(name, score))
+        for name, score in after.items()
+        if name != data.summary.metric
+    ]
 
 
 def _client_rows(clients: list[Client]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from fednano.runs.text import format_percent, phase_title
 __all__ = ["curves"]
 
 
-def curves(metrics: Metrics) -> list[dict[str, Any]]:
+def curves(metrics: Metrics, metric: str = "Accuracy") -> list[dict[str, Any]]:
     """The charts over rounds: accuracy, training loss, test loss; each as title, remark, chart and legend."""
     order = sorted(metrics.phases, key=lambda phase: phase != MAIN)
     trained = [phase for phase in order if metrics.rounds.get(phase)]
@@ -25,7 +25,7 @@ def curves(metrics: Metrics) -> list[dict[str, Any]]:
         level = zero[max(zero)]
         accuracy.append(Series("Zero-shot", [(0, level), (last, level)], colour=13, dashed=True))
     if trained and any(metrics.accuracy.get(phase) for phase in trained):
-        charts.append(_curve("Accuracy", _judged_on(metrics), accuracy, format_percent, (0, 1)))
+        charts.append(_curve(metric, _judged_on(metrics, metric), accuracy, format_percent, (0, 1)))
     train = _series(trained, metrics.train_loss, bands=metrics.spread)
     if train:
         text = "Mean over clients while they train, weighted by samples."
@@ -43,15 +43,16 @@ def curves(metrics: Metrics) -> list[dict[str, Any]]:
     return charts
 
 
-def _judged_on(metrics: Metrics) -> str:
+def _judged_on(metrics: Metrics, metric: str) -> str:
     """How many test questions stand behind the points, where the log tells."""
+    what = "Exact matches" if metric == "Accuracy" else metric
     each, whole = metrics.judged.get(metrics.main or "", (None, None))
     if each and whole and whole > each:
-        return f"Exact matches: each round on {each:,} test questions, the last one on all {whole:,}."
+        return f"{what}: each round on {each:,} test questions, the last one on all {whole:,}."
     size = whole or each
-    return (
-        f"Exact matches on {size:,} test questions." if size else "Share of exact matches on test questions."
-    )
+    if not size:
+        return f"{'Share of exact matches' if metric == 'Accuracy' else metric} on test questions."
+    return f"{what} on {size:,} test questions."
 
 
 def _series(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fednano.errors import FednanoError, RunError
 from fednano.evaluation import exact_match
 from fednano.runs.folder import RunFolder
+from fednano.runs.report_extra import spectra
 from fednano.runs.report_metrics import MAIN, Metrics, natural_key, read_metrics
 from fednano.runs.summary import Summary
 
@@ -52,8 +53,8 @@ class Prediction:
         answer: the right answer.
         before: the untuned model's answer, or None.
         after: the tuned model's answer, or None.
-        before_right: whether ``before`` matches.
-        after_right: whether ``after`` matches.
+        before_right: whether ``before`` is right: its score by the run's metric is at least one half.
+        after_right: the same of ``after``.
     """
 
     picture: str | None
@@ -83,6 +84,7 @@ class ReportData:
         metrics: measurements.
         partition: division of the data, or None.
         predictions: sample predictions.
+        spectrum: stream -> singular values of the final adapter's change.
         events: warnings and errors, as (time, level, text).
         missing: section -> why it is empty.
     """
@@ -93,6 +95,7 @@ class ReportData:
     metrics: Metrics
     partition: Partition | None
     predictions: list[Prediction]
+    spectrum: dict[str, list[float]]
     events: list[tuple[str, str, str]]
     missing: dict[str, str]
 
@@ -122,6 +125,7 @@ def collect(run: RunFolder) -> ReportData:
         metrics=metrics,
         partition=attempt("partition", lambda: _partition(run.read_json("partition.json")), None),
         predictions=attempt("predictions", lambda: _predictions(run, run.read_json("predictions.json")), []),
+        spectrum=attempt("spectrum", lambda: spectra(run.load_adapter()[0]), {}),
         events=[
             (str(event.get("time", "")), str(event["level"]), str(event.get("text", "")))
             for event in attempt("events", run.events, no_rows)
@@ -161,6 +165,14 @@ def _predictions(run: RunFolder, rows: Any) -> list[Prediction]:
     found = []
     for row in rows[:_PREDICTIONS]:
         answer, before, after = str(row["answer"]), row.get("zero_shot"), row.get(MAIN)
+        scores = row.get("scores") or {}
+
+        def right(said: Any, phase: str, answer: str = answer, scores: Any = scores) -> bool:
+            given = scores.get(phase)
+            if isinstance(given, int | float):
+                return given >= 0.5
+            return said is not None and exact_match(str(said), answer)
+
         found.append(
             Prediction(
                 picture=_picture(run, row.get("image")),
@@ -168,8 +180,8 @@ def _predictions(run: RunFolder, rows: Any) -> list[Prediction]:
                 answer=answer,
                 before=None if before is None else str(before),
                 after=None if after is None else str(after),
-                before_right=before is not None and exact_match(str(before), answer),
-                after_right=after is not None and exact_match(str(after), answer),
+                before_right=right(before, "zero_shot"),
+                after_right=right(after, MAIN),
             )
         )
     return found

@@ -52,6 +52,7 @@ class Metrics:
         rounds: phase -> rounds that have a record.
         clients: the clients of the main phase, by name.
         refused: (phase, round, client, reason) of each refused update.
+        client_rounds: client of the main phase -> round -> training loss, None where its update was refused.
         judged: phase -> test questions behind (a round's accuracy, the final accuracy), None where not told.
     """
 
@@ -64,6 +65,7 @@ class Metrics:
     rounds: dict[str, int] = field(default_factory=dict)
     clients: list[Client] = field(default_factory=list)
     refused: list[tuple[str, int, str, str]] = field(default_factory=list)
+    client_rounds: dict[str, dict[int, float | None]] = field(default_factory=dict)
     judged: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     @property
@@ -111,9 +113,18 @@ def read_metrics(rows: list[dict[str, Any]]) -> Metrics:
         own = [row for row in records if row["phase"] == phase]
         _client_losses(found, phase, own)
         found.planes[phase] = _plane_totals(own)
-    found.clients = _clients(
-        [row for row in records if row["phase"] == found.main and row["scope"] == "client"]
-    )
+    own = [row for row in records if row["phase"] == found.main and row["scope"] == "client"]
+    found.clients = _clients(own)
+    names = sorted({str(row["client"]) for row in own}, key=natural_key)
+    for name in names:
+        mine = [row for row in own if str(row["client"]) == name and not row.get("final")]
+        losses = {
+            int(row["round"]): float(row["loss"]) if isinstance(row.get("loss"), int | float) else None
+            for row in mine
+            if "loss" in row or row.get("refused") is not None
+        }
+        if losses:
+            found.client_rounds[name] = losses
     return found
 
 

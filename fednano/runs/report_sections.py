@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fednano.evaluation import TITLES
 from fednano.runs.charts import bar, legend, stacked_bar
 from fednano.runs.report_data import Partition, ReportData
 from fednano.runs.report_metrics import MAIN, Metrics
@@ -82,16 +83,17 @@ def verdict(data: ReportData) -> Verdict:
     questions = f" on {summary.test_samples:,} test questions" if summary.test_samples else ""
     moved = {"up": "rose", "down": "fell"}.get(direction)
     change = f"{moved} from {format_percent(before)} to" if moved else "stayed at"
+    title = TITLES[summary.metric]
     sentence = (
-        f"{summary.clients} clients tuned one model without sharing their data. Accuracy{questions} {change} "
+        f"{summary.clients} clients tuned one model without sharing their data. {title}{questions} {change} "
         f"{format_percent(after)} in {_plural(summary.rounds, 'round')}."
     )
     if summary.test_samples:
         low, high = interval(after, summary.test_samples)
         sentence += (
-            f" With this many questions, the tuned model's accuracy lies between {format_percent(low)} and "
+            f" With this many questions, the tuned model's {title.replace('Accuracy', 'accuracy')} lies between "
+            f"{format_percent(low)} and {format_percent(high)} (95 % interval)."
         )
-        sentence += f"{format_percent(high)} (95 % interval)."
     warning = None
     if summary.status != "complete":
         warning = "The run was interrupted: fewer rounds were done than asked for."
