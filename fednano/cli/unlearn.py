@@ -82,6 +82,7 @@ def register(
     card: Annotated[Path, typer.Argument(help="NAME.card.json, as keygen wrote it.")],
     run: RunName = "latest",
     runs_dir: RunsDir = "runs",
+    as_json: AsJson = False,
 ) -> None:
     """Let a run believe the key of a site or an approver. The card holds the site's salt: carry it safely."""
     try:
@@ -89,7 +90,8 @@ def register(
     except (OSError, ValueError) as error:
         raise ConfigError(f"{card} is no card of a key: {error}.") from error
     _register(open_desk(run, runs_dir), content)
-    typer.echo(f"{content['role']} {content['name']} is registered.")
+    known = {"name": content["name"], "role": content["role"]}
+    print_out(known, f"{content['role']} {content['name']} is registered.", as_json)
 
 
 @app.command()

@@ -37,5 +37,7 @@ def scores_of(metric: str, kind: str, answers: Sequence[str], samples: Sequence[
     """
     names = [] if metric == "auto" else [metric]
     names += [name for name in KINDS[kind].metrics if name not in names]
+    if len(names) > 1 and names[0] != "vqa" and not any(sample.answers for sample in samples):
+        names = [name for name in names if name != "vqa"]  # with one answer each it is exact match
     right = [given_answers(sample) for sample in samples]
     return {name: score_by(name, answers, right) for name in names}
