@@ -120,28 +120,22 @@ def _rows(runs: Sequence[ReportData]) -> list[Row]:
 
     title = TITLES[summaries[0].metric] if len({s.metric for s in summaries}) == 1 else "Score"
     phases = list(dict.fromkeys(phase for summary in summaries for phase in summary.accuracy))
-    found = [
-        row(
-            f"{title}, {phase.replace('_', ' ')}",
-            lambda s, p=phase: s.accuracy.get(p),
-            format_percent,
-            "high",
-        )
-        for phase in phases
-    ]
+    found = []
+    for phase in phases:
+        name = f"{title}, {phase.replace('_', ' ')}"
+        found.append(row(name, _reader("accuracy", phase), format_percent, "high"))
     others = dict.fromkeys(
         name for s in summaries for name in s.scores.get("federated", {}) if name != s.metric
     )
-    for name in others:
-        low = name == "perplexity"
-        found.append(
-            row(
-                f"{TITLES.get(name, name.capitalize())}, federated",
-                lambda s, n=name: s.scores.get("federated", {}).get(n),
-                (lambda value: f"{value:.2f}") if low else format_percent,
-                "low" if low else "high",
-            )
+    for metric in others:
+        name, read = (
+            f"{TITLES.get(metric, metric.capitalize())}, federated",
+            _reader("scores", "federated", metric),
         )
+        if metric == "perplexity":
+            found.append(row(name, read, "{:.2f}".format, "low"))
+        else:
+            found.append(row(name, read, format_percent, "high"))
     found += [
         row(
             f"{title}, worst client",
@@ -163,6 +157,18 @@ def _rows(runs: Sequence[ReportData]) -> list[Row]:
         row("Wall time", lambda s: s.wall_seconds, format_seconds, "low"),
     ]
     return [each for each in found if each is not None]
+
+
+def _reader(field: str, *keys: str) -> Callable[[Any], Any]:
+    """Read a summary's mapping; None where a key is missing."""
+
+    def read(summary: Any) -> Any:
+        value = getattr(summary, field)
+        for key in keys:
+            value = (value or {}).get(key)
+        return value
+
+    return read
 
 
 def _cautions(runs: Sequence[ReportData]) -> list[str]:
