@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fednano.errors import FednanoError
+from fednano.errors import ConfigError, FednanoError
 from fednano.federation.config import RunConfig
 
 __all__ = ["PORTS", "Check", "check_all", "check_data", "check_machine", "check_model"]
@@ -149,7 +149,7 @@ def check_model(config: RunConfig) -> tuple[list[Check], dict[str, int]]:
 
     try:
         counted = count_parameters(config.model)
-        width, image_tokens, trained = _shape(config)
+        width, image_tokens, image_id, trained = _shape(config)
     except FednanoError as error:
         return [Check("model", "split", "problem", str(error))], {}
     edge, whole = counted["edge"], counted["model"]
@@ -159,6 +159,7 @@ def check_model(config: RunConfig) -> tuple[list[Check], dict[str, int]]:
         "language": whole - edge,
         "width": width,
         "image_tokens": image_tokens,
+        "image_id": image_id,
         "trained": trained,
     }
     text = (
@@ -186,8 +187,13 @@ def check_model(config: RunConfig) -> tuple[list[Check], dict[str, int]]:
     return [*found, Check("model", "adapter", "ok", text, {"trained": trained})], sizes
 
 
-def _shape(config: RunConfig) -> tuple[int, int, int]:
-    """Width of the embeddings, tokens of an image (0: takes none), and trained parameters of the adapters."""
+def _shape(config: RunConfig) -> tuple[int, int, int, int]:
+    """Width of the embeddings, tokens of an image (0: takes none), id of its placeholder (-1: has none), and trained
+    parameters of the adapters.
+
+    Raises:
+        ConfigError: the adapters do not fit the model.
+    """
     from transformers import AutoConfig
 
     from fednano.adapters import Adapter
@@ -201,10 +207,19 @@ def _shape(config: RunConfig) -> tuple[int, int, int]:
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if isinstance(size, int) and isinstance(patch, int):
         tokens = (size // patch) ** 2 + int(getattr(read, "vision_feature_select_strategy", "") == "full")
+    if vision is None and "image" in config.stream_names:
+        raise ConfigError(
+            f"streams is {config.streams!r}, and {config.model} takes no images. Set streams to 'text'."
+        )
     adapter: Adapter = build_adapter(config)
     leaves = adapter.leaves(NanoEdge.site("text", text.hidden_size))
     each = sum(leaf.numel for leaf in leaves.values() if leaf.role in ("shared", "personal"))
-    return text.hidden_size, tokens, each * len(config.stream_names)
+    return (
+        text.hidden_size,
+        tokens,
+        int(getattr(read, "image_token_id", -1) or -1),
+        each * len(config.stream_names),
+    )
 
 
 def check_data(config: RunConfig, sizes: dict[str, int]) -> tuple[list[Check], list[int]]:
@@ -282,11 +297,12 @@ def _lengths(config: RunConfig, data: Sequence[Any], sizes: dict[str, int], foun
     lengths, unknown, total = [], 0, 0
     for sample in chosen:
         text = (sample.question, sample.answer)
-        prompt = build_prompt(tokenizer, -1, *text, image=False, history=sample.history)
+        shown = sample.image is not None and sizes["image_tokens"] > 0
+        prompt = build_prompt(tokenizer, sizes["image_id"], *text, image=shown, history=sample.history)
         ids = prompt.ids + prompt.answer
         unknown += sum(token == tokenizer.unk_token_id for token in ids)
         total += len(ids)
-        lengths.append(len(ids) + (sizes["image_tokens"] if sample.image is not None else 0))
+        lengths.append(len(ids) + (sizes["image_tokens"] - 1 if shown else 0))  # for its placeholder
     if total and unknown / total > 0.1:
         told = f"{config.model} does not know {100 * unknown / total:.0f} % of the words. Choose a model that does."
         found.append(Check("data", "words", "note", told, {"unknown": unknown / total}))

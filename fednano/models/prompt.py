@@ -79,8 +79,8 @@ def _render(
     marks = {"user": "USER: ", "assistant": "ASSISTANT: "}
     turns = [marks.get(role, "") + said for role, said in (*history, ("user", question))]
     if image:
-        first = next(place for place, turn in enumerate(turns) if turn.startswith(marks["user"]))
-        turns[first] = f"{marks['user']}<image>\n{turns[first].removeprefix(marks['user'])}"
+        at = next(place for place, turn in enumerate(turns) if turn.startswith(marks["user"]))
+        turns[at] = f"{marks['user']}<image>\n{turns[at].removeprefix(marks['user'])}"
     return " ".join([*turns, "ASSISTANT:"])
 
 
