@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fednano.data import Sample, load_dataset
+from fednano.data import Sample
 from fednano.errors import ConfigError, RunError
 from fednano.federation.answer import tuned_edge
 from fednano.federation.messages import HostTicket
-from fednano.federation.model import client_name, connect, load_training_data, partition_samples, use_threads
+from fednano.federation.model import client_name, connect, load_data, partition_samples, use_threads
 from fednano.federation.phase import PhaseResult
 from fednano.federation.schedules import fit_rank
 from fednano.privacy.audit.finding import Finding
@@ -69,12 +69,12 @@ def audit_run(
             f"run {folder.id} trained on data that stayed with its sites; an audit needs samples to attack. Simulate "
             "with data of the same kind."
         )
-    training = load_training_data(config.dataset)
+    training = load_data(config)
     shares = {
         client_name(n): partition_samples(config, training, n, config.clients)
         for n in range(min(clients, config.clients))
     }
-    public = _some(list(load_dataset(config.dataset, "test")), 2 * samples, config.seed, "public")
+    public = _some(list(load_data(config, "test")), 2 * samples, config.seed, "public")
     victims = _some(
         [sample for share, _ in shares.values() for sample in share], samples, config.seed, "victims"
     )

@@ -52,8 +52,8 @@ class Client:
 
     name: str
     leaves: Leaves
-    used: list[Sample]
-    unused: list[Sample]
+    used: Sequence[Sample]
+    unused: Sequence[Sample]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def replay(
     edge: NanoEdge,
     llm: LanguageModel,
     cache: FeatureCache,
-    shares: Mapping[str, tuple[list[Sample], list[Sample]]],
+    shares: Mapping[str, tuple[Sequence[Sample], Sequence[Sample]]],
     start: Leaves,
     number: int,
 ) -> Replay:
