@@ -11,23 +11,18 @@ rows of one ``--jobs``, and the table says which.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results import Gate, read_results, write_results
+from cells import Table, parser_of, run_job, verdict
+from results import Gate
 
 RESULTS = Path(__file__).parent / "results" / "adapters.json"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -73,43 +68,24 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Run one job in this process and read its summary."""
-    import torch
-
-    from fednano.federation.config import RunConfig
-    from fednano.federation.simulation import simulate
-    from fednano.runs import make_view
-
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            **ADAPTERS[job.adapter],
-            "adapter": job.adapter,
-            "seed": job.seed,
-            "learning_rate": job.learning_rate,
-            "placement": "local",  # the same bits as through a host, which a test holds
-            "evaluate_every": 0,
-            "holdout": 0.1 if job.sweep else 0.0,
-            "final_samples": 1 if job.sweep else TEST_QUESTIONS,
-            "runs_dir": folder,
-        }
-        path = simulate(RunConfig(**settings), backend="inprocess", view=make_view("quiet"))
-        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
-        held = [
-            row["accuracy"]
-            for line in (path / "metrics.jsonl").read_text().splitlines()
-            if (row := json.loads(line)).get("scope") == "client" and "accuracy" in row
-        ]
-    accuracy = fmean(held) if job.sweep else summary["accuracy"]["federated"]
+    """Run one job in this process."""
+    done = run_job(
+        **ADAPTERS[job.adapter],
+        adapter=job.adapter,
+        seed=job.seed,
+        learning_rate=job.learning_rate,
+        holdout=0.1 if job.sweep else 0.0,
+        final_samples=1 if job.sweep else TEST_QUESTIONS,
+    )
+    held = [row["accuracy"] for row in done.metrics if row.get("scope") == "client" and "accuracy" in row]
     return {
         **asdict(job),
-        "accuracy": accuracy,
-        "zero_shot": None if job.sweep else summary["accuracy"]["zero_shot"],
-        "uplink_bytes": summary["bytes"]["adapter_up_per_client_round"],
-        "trainable": summary["parameters"]["trainable"],
-        "seconds_per_round": summary["phases"]["federated"]["seconds"] / summary["rounds"],
-        "seconds": time.monotonic() - began,
+        "accuracy": fmean(held) if job.sweep else done.accuracy,
+        "zero_shot": None if job.sweep else done.summary["accuracy"]["zero_shot"],
+        "uplink_bytes": done.summary["bytes"]["adapter_up_per_client_round"],
+        "trainable": done.summary["parameters"]["trainable"],
+        "seconds_per_round": done.summary["phases"]["federated"]["seconds"] / done.summary["rounds"],
+        "seconds": done.seconds,
         "settings": ADAPTERS[job.adapter],
         "cores": os.cpu_count(),
     }
@@ -183,50 +159,35 @@ def spread(rows: Sequence[Mapping[str, Any]], adapter: str) -> tuple[float, floa
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
+def described(row: Mapping[str, Any]) -> str:
+    """A row as one line."""
+    kind = "sweep" if row["sweep"] else f"seed {row['seed']}"
+    line = f"{row['adapter']:10} {kind:7} lr {row['learning_rate']:g}: {row['accuracy']:.1%}"
+    return f"{line}, {row['seconds']:.0f} s"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--only", nargs="+", choices=sorted(ADAPTERS), default=list(ADAPTERS))
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = read_results(options.json)["rows"] if options.json.exists() else []
+    table = Table(
+        options.json,
+        key=lambda row: Job(row["adapter"], row["seed"], row["learning_rate"], row["sweep"]),
+        order=lambda r: (list(ADAPTERS).index(r["adapter"]), not r["sweep"], r["seed"], r["learning_rate"]),
+        gates=gates,
+    )
 
     def work_off(jobs: Sequence[Job]) -> None:
-        there = {(row["adapter"], row["seed"], row["learning_rate"], row["sweep"]) for row in rows}
-        todo = [job for job in jobs if (job.adapter, job.seed, job.learning_rate, job.sweep) not in there]
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(measure, job) for job in todo]):
-                row = future.result()
-                rows.append(row)
-                kind = "sweep" if row["sweep"] else f"seed {row['seed']}"
-                line = f"{row['adapter']:10} {kind:7} lr {row['learning_rate']:g}: {row['accuracy']:.1%}"
-                print(f"{line}, {row['seconds']:.0f} s", flush=True)
-                rows.sort(
-                    key=lambda r: (
-                        list(ADAPTERS).index(r["adapter"]),
-                        not r["sweep"],
-                        r["seed"],
-                        r["learning_rate"],
-                    )
-                )
-                write_results(
-                    options.json, rows=rows, gates=gates(rows), hardware={"runs_at_a_time": options.jobs}
-                )
+        table.work_off(jobs, measure, at_a_time=options.jobs, line=described)
 
     work_off([Job(name, SWEEP_SEED, rate, True) for name in options.only for rate in RATES])
-    rates = best_rates(rows)
+    rates = best_rates(table.rows)
     work_off([Job(name, seed, rates[name], False) for name in options.only for seed in options.seeds])
     for name in options.only:
-        mean, deviation = spread(rows, name)
+        mean, deviation = spread(table.rows, name)
         print(f"{name:10} {mean:.1%} ± {deviation:.1%}")
-    draw(rows, options.json.with_suffix(".svg"))
-    missed = [gate for gate in gates(rows) if not gate.met]
-    for gate in missed:
-        print(f"MISSED {gate.name}: {gate.value:.4f} {gate.sense} {gate.bound:.4f}")
-    return 1 if missed else 0
+    draw(table.rows, options.json.with_suffix(".svg"))
+    return verdict(table.gates())
 
 
 if __name__ == "__main__":

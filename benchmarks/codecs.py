@@ -1,6 +1,6 @@
 """Uplink codecs in the federated easy-VQA job: writes ``benchmarks/results/codecs.json``.
 
-    .venv/bin/python benchmarks/codecs.py --jobs 2 [--seeds 0 1 2]
+    .venv/bin/python benchmarks/codecs.py --jobs 2 [--seeds 0 1 2] [--only fp32 sign]
 
 The default job with each codec, same seeds, same steps: bytes of a client's update as counted on the wire, over those
 of fp32, and accuracy on the full test set. Rows that the file holds already are not measured again.
@@ -8,50 +8,36 @@ of fp32, and accuracy on the full test set. Rows that the file holds already are
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results import Gate, current_commit, read_results, write_results
+from cells import Table, parser_of, run_job, verdict
+from results import Gate
 
 RESULTS = Path(__file__).parent / "results" / "codecs.json"
 BOUNDS = {"int8": 0.30, "int4": 0.17, "sign": 0.06}
 CODECS = ("fp32", "bf16", "int8", "int4", "sign")
 POINT = 0.01
 
+Job = tuple[str, int]
+"""Codec and seed."""
 
-def measure(codec: str, seed: int) -> dict[str, Any]:
+
+def measure(job: Job) -> dict[str, Any]:
     """Run the default job once, in this process."""
-    import torch
-
-    from fednano.federation.config import RunConfig
-    from fednano.federation.simulation import simulate
-    from fednano.runs import make_view
-
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        # A local model gives the same bits as a hosted one, which a test holds.
-        config = RunConfig(codec=codec, seed=seed, placement="local", evaluate_every=0, runs_dir=folder)
-        path = simulate(config, backend="inprocess", view=make_view("quiet"))
-        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    codec, seed = job
+    done = run_job(codec=codec, seed=seed)
     return {
         "codec": codec,
         "seed": seed,
-        "accuracy": summary["accuracy"]["federated"],
-        "uplink_bytes": summary["bytes"]["adapter_up_per_client_round"],
-        "seconds": time.monotonic() - began,
-        "commit": current_commit(),
+        "accuracy": done.accuracy,
+        "uplink_bytes": done.summary["bytes"]["adapter_up_per_client_round"],
+        "seconds": done.seconds,
     }
 
 
@@ -73,30 +59,24 @@ def gates(rows: Sequence[Mapping[str, Any]]) -> list[Gate]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser = parser_of(__doc__, RESULTS)
+    parser.add_argument("--only", nargs="+", choices=CODECS, default=CODECS)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = read_results(options.json)["rows"] if options.json.exists() else []
-    there = {(row["codec"], row["seed"]) for row in rows}
-    todo = [(codec, seed) for seed in options.seeds for codec in CODECS if (codec, seed) not in there]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(measure, *job) for job in todo]):
-            row = future.result()
-            rows.append(row)
-            rows.sort(key=lambda row: (row["seed"], CODECS.index(row["codec"])))
-            print(
-                f"{row['codec']:5} seed {row['seed']}: {row['accuracy']:.1%}, {row['uplink_bytes']:.0f} bytes",
-                flush=True,
-            )
-            write_results(options.json, rows=rows, gates=gates(rows))
-    missed = [gate for gate in gates(rows) if not gate.met]
-    for gate in missed:
-        print(f"MISSED {gate.name}: {gate.value:.4f} {gate.sense} {gate.bound:.4f}")
-    return 1 if missed else 0
+    table = Table(
+        options.json,
+        key=lambda row: (row["codec"], row["seed"]),
+        order=lambda row: (row["seed"], CODECS.index(row["codec"])),
+        gates=gates,
+    )
+    table.work_off(
+        [(codec, seed) for seed in options.seeds for codec in options.only],
+        measure,
+        at_a_time=options.jobs,
+        line=lambda row: (
+            f"{row['codec']:5} seed {row['seed']}: {row['accuracy']:.1%}, {row['uplink_bytes']:.0f} bytes"
+        ),
+    )
+    return verdict(table.gates())
 
 
 if __name__ == "__main__":

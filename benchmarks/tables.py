@@ -136,6 +136,27 @@ def study(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def robustness(document: dict[str, Any]) -> str:
+    """Accuracy of each rule without and with sign-flippers, mean over seeds."""
+    rows = document["rows"]
+    cells = sorted(
+        {(row["clients"], row["partition"]) for row in rows}, key=lambda cell: (cell[1] != "iid", cell[0])
+    )
+    titles = [f"{clients} clients, {partition}" for clients, partition in cells]
+    lines = ["| Accuracy, %: clean → attacked | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(cells)]
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        shown = []
+        for clients, partition in cells:
+            found: dict[bool, list[float]] = {False: [], True: []}
+            for row in rows:
+                if (row["rule"], row["clients"], row["partition"]) == (rule, clients, partition):
+                    found[row["attacked"]].append(row["accuracy"])
+            both = found[False] and found[True]
+            shown.append(f"{_percent(fmean(found[False]))} → {_percent(fmean(found[True]))}" if both else "-")
+        lines.append(f"| {rule} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("main_job", main_job),
     "wire": ("main_job", wire),
@@ -143,6 +164,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "adapters": ("adapters", adapters),
     "adapters-gates": ("adapters", gates),
     "study-gates": ("study", gates),
+    "robustness": ("robustness", robustness),
 }
 
 

@@ -12,7 +12,9 @@ from flwr.app import RecordDict
 from fednano.aggregation import Refusal, Rule, Spec, Update, freshen, validate
 from fednano.federation.config import RunConfig, Scalar
 from fednano.federation.exchange import Delivery, Outstanding, exchange
+from fednano.federation.faults import parse_faults
 from fednano.federation.messages import Instruction, record_bytes
+from fednano.federation.misbehaviour import assign
 from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals, sent_beside
 from fednano.federation.schedules import learning_rate_at
 from fednano.federation.specification import fingerprints, ranks_of
@@ -92,6 +94,11 @@ def instruct(
     for client in told if ranks else ():
         own = rule.for_client(result.leaves, fed.spec, ranks=ranks[client])
         told[client] = replace(told[client], leaves=descending(fed, rule, number, own))
+    faults = assign(
+        parse_faults(fed.config.faults), list(fed.nodes), seed=fed.config.seed, round_number=number
+    )
+    for client in faults.keys() & told.keys():
+        told[client] = replace(told[client], advice={**told[client].advice, "fault": faults[client]})
     return told
 
 

@@ -27,9 +27,11 @@ from fednano.evaluation import perplexity
 from fednano.federation.baselines import build_rule
 from fednano.federation.client_state import state_of
 from fednano.federation.config import RunConfig, Scalar
+from fednano.federation.faults import parse_faults
 from fednano.federation.gathering import BasisStore, client_gradients, unflatten
 from fednano.federation.marking import scores_of
 from fednano.federation.messages import HostTicket, Instruction, Reply
+from fednano.federation.misbehaviour import Vanished, falsify
 from fednano.federation.model import (
     build_edge,
     client_name,
@@ -112,6 +114,7 @@ _PASSING = frozenset(
         ),
         *("secure-aggregation", "secure-threshold"),
         *("dp", "dp-clip", "dp-noise", "dp-epsilon", "dp-delta"),
+        *("faults",),
     }
 )
 """Settings that come with each request and decide nothing about what a process loads."""
@@ -313,6 +316,11 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     config, name = instruction.config, site_name(node)
     if instruction.secure:
         check_ready(instruction, state_of(instruction, node, name))
+    fault = parse_faults(str(instruction.advice.get("fault", "")))
+    if fault and node.get("data"):
+        raise ConfigError("the server asks this client to misbehave, which only simulated clients do.")
+    if any(one.kind == "vanish" for one in fault):
+        raise Vanished("a simulated fault: this client vanished in this round.")
     worker = Worker.get(config)
     worker.require_basis(instruction.basis)
     share = worker.share(name, node, pool=instruction.pool)
@@ -351,14 +359,14 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
     reply = Reply(name, instruction.round, metrics, facts, done.leaves, done.fisher)
     if instruction.secure:
         rule = build_rule(config, config.rule)
-        return masked(
+        reply = masked(
             reply,
             instruction,
             rule,
             {**worker.start, **instruction.leaves},
             state_of(instruction, node, name),
         )
-    return reply
+    return falsify(fault[0], reply) if fault else reply
 
 
 def secure(instruction: Instruction, node: Mapping[str, Any]) -> Reply:

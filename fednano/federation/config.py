@@ -19,6 +19,7 @@ from typing import Any
 
 from fednano.data.options import DataOptions
 from fednano.errors import ConfigError
+from fednano.federation.faults import parse_faults
 
 __all__ = [
     "AUTO",
@@ -193,6 +194,11 @@ class RunConfig:
     codec_options: str = _setting("", "options of the codec: 'density=0.1', 'feedback=false'")
     max_abs: float = _setting(100.0, "an update with a larger absolute value is refused")
     max_norm: float = _setting(0.0, "an update with a larger Euclidean norm is refused; 0 = no bound")
+    faults: str = _setting(
+        "",
+        "simulated clients that misbehave: 'sign-flip:2' or 'sign-flip:2:4' (times 4), 'noise:1', 'nan:1', 'huge:1', "
+        "'stale:1', 'foreign:1', 'vanish:0.3'; several with commas",
+    )
     round_timeout: float = _setting(600.0, "seconds to wait for the updates of a round")
     join_timeout: float = _setting(
         300.0, "seconds to wait for the clients to appear and to load their models"
@@ -307,6 +313,7 @@ class RunConfig:
         parse_settings(self.rule_options, "rule-options")
         parse_settings(self.codec_options, "codec-options")
         self._check_data()
+        parse_faults(self.faults)
         names = self.stream_names
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")

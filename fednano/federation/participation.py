@@ -12,7 +12,9 @@ from torch import Tensor
 from fednano.errors import ConfigError
 from fednano.federation.client_state import ClientState
 from fednano.federation.config import RunConfig, Scalar
+from fednano.federation.faults import parse_faults
 from fednano.federation.messages import Instruction
+from fednano.federation.misbehaviour import distort
 from fednano.federation.private import charge
 from fednano.federation.schedules import fit_rank
 from fednano.federation.uplink import codec_asked, pack_fisher, pack_update
@@ -30,10 +32,10 @@ ADVICE = frozenset(
     {
         *("fisher", "proximal_mu", "control_variates", "optimiser", "initial_loss", "frozen", "personal"),
         *("personal_adapter", "mix_samples", "mix_strength"),
-        *("codec", "codec_options", "learning_rate"),
+        *("codec", "codec_options", "learning_rate", "fault"),
     }
 )
-"""What this client can do for a merge rule, beyond plain training."""
+"""What this client can do for a merge rule, beyond plain training; and how it can misbehave in a simulation."""
 
 _OWN, _PERSONAL, _CONTROL, _CARRY = "own/", "personal/", "control/", "carry/"
 
@@ -176,6 +178,9 @@ def contribute(
         )
         fisher = empirical_fisher(edge, llm, data, chosen, batch_size=config.batch_size)
     going = {name: leaf for name, leaf in trained.items() if name not in frozen | personal}
+    for fault in parse_faults(str(advice.get("fault", ""))):
+        noise = torch.Generator().manual_seed(stream_seed(config.seed, "fault", number, client))
+        going = distort(fault, going, started, noise)
     seen, carry = going, _taken(memory, _CARRY)
     # What was lost at another rank belongs nowhere.
     carry = {k: v for k, v in carry.items() if k in trained and v.shape == trained[k].shape}

@@ -24,6 +24,7 @@ from fednano.federation.config import RunConfig
 from fednano.federation.enrolled import auditor_of, enrolled, place_of
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop, wait_for_nodes
+from fednano.federation.faults import check_faults, parse_faults
 from fednano.federation.forgetting import (
     ForgettingGrid,
     check_no_commit,
@@ -36,6 +37,7 @@ from fednano.federation.hosting import open_host
 from fednano.federation.introduction import Introduced, introduce, remind
 from fednano.federation.judging import judge_all
 from fednano.federation.messages import HostTicket
+from fednano.federation.misbehaviour import assign
 from fednano.federation.model import build_edge, connect, gathers, settled, use_threads
 from fednano.federation.outcome import write_outcome
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
@@ -207,6 +209,7 @@ def _run(
         nano=edge,
         auditor=auditor,
     )
+    _tell_faults(fed)
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
     zero_shot = judge_all(fed, ZERO_SHOT, 0, start)
@@ -231,6 +234,22 @@ def _run(
         baselines=baselines,
         wall_seconds=time.monotonic() - began,
     )
+
+
+def _tell_faults(fed: Federation) -> None:
+    """Say which clients misbehave, where a simulation wants some to.
+
+    Raises:
+        ConfigError: the clients are real sites, or no honest one would be left.
+    """
+    faults = parse_faults(fed.config.faults)
+    check_faults(faults, len(fed.nodes), simulated=fed.simulated)
+    for fault in faults:
+        told = assign(
+            [f for f in faults if f.kind != "vanish"], list(fed.nodes), seed=fed.config.seed, round_number=0
+        )
+        who = ", ".join(sorted(client for client, what in told.items() if what == str(fault)))
+        fed.folder.append_event("warning", f"simulated fault {fault}: {who or 'other clients each round'}")
 
 
 def _tell_bad_rows(fed: Federation, clients: Mapping[str, Introduced]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fednano.aggregation import LeafSpec, Leaves, Product, Rule, Spec, Update, create_rule
 from fednano.aggregation.distances import gram_matrix, krum_scores, squared_distances
@@ -304,3 +306,52 @@ def test_too_few_updates(make_spec, make_updates) -> None:  # type: ignore[no-un
 def test_bad_options(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         create_rule(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("krum", {"malicious": 1}),
+        ("multikrum", {"malicious": 1}),
+        ("median", {}),
+        ("trimmed", {"beta": 0.2}),
+        ("bulyan", {"malicious": 1}),
+        ("geomedian", {}),
+        ("normclip", {"bound": 1.0}),
+        ("fedavg", {}),
+    ],
+)
+@given(strength=st.floats(4.0, 100.0), seed=st.integers(0, 999), tens=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_a_fifth_that_flips_its_sign_turns_the_mean_but_no_robust_rule(
+    name: str, options: dict[str, Any], strength: float, seed: int, tens: bool
+) -> None:
+    """Clients learn one thing with some noise; 1 of 5 or 2 of 10 send its opposite, four times as large or more."""
+    clients, liars = (10, 2) if tens or name == "bulyan" else (5, 1)
+    if "malicious" in options:
+        options = {"malicious": 1 if name == "bulyan" else liars}
+    draw = torch.Generator().manual_seed(seed)
+    spec = Spec({"x": LeafSpec((40,), torch.float64)}, algebra="affine", max_abs=1e6)
+    start, learned = (torch.randn(40, generator=draw).double() for _ in range(2))
+    learned = 0.8 * learned / learned.norm()
+    honest, updates = [], []
+    for k in range(clients):
+        noise = torch.randn(40, generator=draw).double()
+        change = learned + 0.3 * noise / noise.norm()
+        if k < liars:
+            change = -strength * change
+        else:
+            honest.append(change)
+        updates.append(Update(f"c{k}", 0, 10.0, {"x": start + change}))
+    rule = create_rule(name, **options)
+    state = rule.init(spec, current={"x": start})
+    for update in updates:
+        rule.add(state, update)
+    got = rule.finish(state)["x"] - start
+    wanted = sum(honest) / len(honest)
+    along = float(got @ wanted / wanted.square().sum())
+    if name == "fedavg":
+        assert along < 0.2
+    else:
+        assert along > (0.5 if name == "normclip" else 0.7)
+        assert along < 1.3
