@@ -40,7 +40,7 @@ def options_of(rule: str, clients: int) -> str:
         "multikrum": f"malicious={attackers}",
         "bulyan": f"malicious={min(attackers, (clients - 3) // 4)}",
         "trimmed": f"beta={attackers / clients}",
-        "normclip": "bound=2.0",
+        "normclip": "bound=1.0",
     }.get(rule, "")
 
 

@@ -4,7 +4,14 @@ Knows neither Flower nor gRPC. Start with `create_rule`, `Spec`, `Update` and `v
 """
 
 from fednano.aggregation.capability import algebra_name, check_combination, default_rule, rule_table
-from fednano.aggregation.codecs import Codec, codec_names, create_codec, decode_fisher, encode_fisher
+from fednano.aggregation.codecs import (
+    Codec,
+    codec_in_round,
+    codec_names,
+    create_codec,
+    decode_fisher,
+    encode_fisher,
+)
 from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.linear import Layout, layout_of, read_sum, vector_of
 from fednano.aggregation.registry import create_rule, rule_class, rule_names
@@ -31,6 +38,7 @@ __all__ = [
     "Update",
     "algebra_name",
     "check_combination",
+    "codec_in_round",
     "codec_names",
     "create_codec",
     "create_rule",

@@ -27,9 +27,12 @@ class Codec:
 
     Attributes:
         feedback: carry what the encoding lost into the next round.
+        last: the codec of a run's last round, by name; empty: the same. After it nothing can be carried on, so a finer
+            one there settles what all rounds before have lost.
     """
 
     feedback: bool = False
+    last: str = ""
 
     name: ClassVar[str] = "none"
 

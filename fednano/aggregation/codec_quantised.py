@@ -105,9 +105,14 @@ class Int4(Int8):
 
 @dataclass(frozen=True)
 class Sign(_Grouped):
-    """One bit an element, and per group the mean absolute value."""
+    """One bit an element, and per group the mean absolute value in bfloat16.
+
+    Half of a round's change is carried to the next one. The last round of a run therefore travels as int4 by default,
+    which pays what is owed: of ten rounds it costs as much as three.
+    """
 
     feedback: bool = True
+    last: str = "int4"
     group: int = 256
 
     name: ClassVar[str] = "sign"
@@ -115,18 +120,23 @@ class Sign(_Grouped):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """See `Codec.nbytes`."""
         size = math.prod(shape)
-        return -(-size // 8) + 4 * -(-size // self.group)
+        return -(-size // 8) + 2 * -(-size // self.group)
 
     def pack(self, values: F32) -> U8:
         """See `Codec.pack`."""
         grouped = np.abs(self._groups(values)).astype(np.float64)
         counts = np.minimum(self.group, values.size - self.group * np.arange(grouped.shape[0]))
         scales = (grouped.sum(axis=1) / counts).astype(np.float32)
-        return np.concatenate([as_bytes(scales), np.packbits(values.reshape(-1) >= 0.0)])
+        upper = (scales.view(np.uint32) >> 16).astype(
+            np.uint16
+        )  # cut, not rounded: no scale becomes infinite
+        return np.concatenate([as_bytes(upper), np.packbits(values.reshape(-1) >= 0.0)])
 
     def unpack(self, payload: U8, shape: tuple[int, ...]) -> F32:
         """See `Codec.unpack`."""
         size = math.prod(shape)
-        scales, rest = self._scales(payload, size)
+        cut = 2 * -(-size // self.group)
+        upper, rest = payload[:cut].copy().view(np.uint16), payload[cut:]
+        scales = checked_scales((upper.astype(np.uint32) << 16).view(np.float32))
         signs = np.unpackbits(rest, count=size).astype(np.float32) * 2.0 - 1.0
         return (signs * np.repeat(scales, self.group)[:size]).reshape(shape)

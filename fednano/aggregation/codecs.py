@@ -13,7 +13,7 @@ bf16     2 n                                                                   2
 fp16     2 n, saturating                                                       2**-11 relative
 int8     n + 4 ceil(n / group), group scales in float32                        scale / 2, scale = max / 127
 int4     ceil(n / 2) + 4 ceil(n / group)                                       scale / 2, scale = max / 7
-sign     ceil(n / 8) + 4 ceil(n / group), scale = mean absolute value          fed back
+sign     ceil(n / 8) + 2 ceil(n / group), scale = mean absolute value          fed back, settled at last
 topk     4 + positions (bits or 32-bit indices, the shorter) + 2 k             fed back
 dct      4 + 4 c + 2 c rows: the c strongest columns after a DCT               fed back
 =======  ====================================================================  ======================
@@ -30,7 +30,7 @@ from fednano.aggregation.codec_quantised import Int4, Int8, Sign
 from fednano.aggregation.codec_sparse import DCT, TopK
 from fednano.errors import ConfigError
 
-__all__ = ["Codec", "codec_names", "create_codec", "decode_fisher", "encode_fisher"]
+__all__ = ["Codec", "codec_in_round", "codec_names", "create_codec", "decode_fisher", "encode_fisher"]
 
 _CODECS: dict[str, type[Codec]] = {c.name: c for c in (Codec, BF16, FP16, Int8, Int4, Sign, TopK, DCT)}
 
@@ -55,4 +55,20 @@ def create_codec(name: str, **options: Any) -> Codec:
         raise ConfigError(
             f"codec {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known)}"
         )
-    return cls(**options)
+    codec = cls(**options)
+    if codec.last and codec.last not in _CODECS:
+        raise ConfigError(
+            f"codec {name!r}: got last={codec.last!r}, expected one of {', '.join(codec_names())}"
+        )
+    return codec
+
+
+def codec_in_round(codec: Codec, number: int, rounds: int) -> Codec:
+    """The codec of one round of a run.
+
+    Args:
+        codec: that the run was started with.
+        number: of the round, from 1.
+        rounds: of the run.
+    """
+    return create_codec(codec.last) if codec.last and number == rounds else codec

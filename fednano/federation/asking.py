@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from fednano.aggregation import Refusal, Rule, Spec, Update, freshen, validate
 from fednano.federation.config import RunConfig, Scalar
@@ -18,7 +18,7 @@ from fednano.federation.misbehaviour import assign
 from fednano.federation.phase import Federation, Leaves, PhaseResult, WireTotals, sent_beside
 from fednano.federation.schedules import learning_rate_at
 from fednano.federation.specification import fingerprints, ranks_of
-from fednano.federation.uplink import PLAIN, codec_asked, unpack_fisher, unpack_update
+from fednano.federation.uplink import codec_advice, codec_asked, unpack_fisher, unpack_update
 from fednano.training.seeds import generator
 
 __all__ = [
@@ -60,9 +60,7 @@ def advise(rule: Rule, spec: Spec, config: RunConfig, number: int) -> dict[str, 
         advice[key] = ",".join(name for name in spec.leaves if name not in travelling)
     if config.lr_schedule != "constant":
         advice["learning_rate"] = learning_rate_at(config, number)
-    if config.codec != PLAIN:
-        advice |= {"codec": config.codec, "codec_options": config.codec_options}
-    return advice
+    return advice | codec_advice(config, number)
 
 
 def descending(fed: Federation, rule: Rule, number: int, leaves: Leaves) -> Leaves:
@@ -120,9 +118,10 @@ def ask(
         wire: counts.
         outstanding: requests of earlier rounds whose replies are taken, too; and where this round's are left.
     """
-    requests = {}
+    requests: dict[str, tuple[int, RecordDict]] = {}
+    shared: dict[int, ArrayRecord] = {}
     for client, instruction in instructions.items():
-        content = instruction.to_records()
+        content = instruction.to_records(shared)
         requests[client] = (fed.nodes[client], content)
         wire.requests += 1
         parts = {name: content[name] for name in ("leaves", "extra") if name in content}

@@ -191,7 +191,10 @@ class RunConfig:
         "fp32",
         "uplink codec: fp32, bf16, fp16, int8, int4, sign, topk, dct; all but fp32 send the Fisher as 8 bits",
     )
-    codec_options: str = _setting("", "options of the codec: 'density=0.1', 'feedback=false'")
+    codec_options: str = _setting(
+        "",
+        "options of the codec: 'density=0.1', 'feedback=false', 'last=\"int4\"' (the codec of the last round)",
+    )
     max_abs: float = _setting(100.0, "an update with a larger absolute value is refused")
     max_norm: float = _setting(0.0, "an update with a larger Euclidean norm is refused; 0 = no bound")
     faults: str = _setting(

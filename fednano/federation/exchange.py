@@ -164,6 +164,7 @@ def exchange(
             )
         )
     pending = set(grid.push_messages(messages))
+    del messages, requests  # a thousand clients' requests need not outlive their sending
     unanswered, late = dict(clients), outstanding or Outstanding()
     try:
         while pending:

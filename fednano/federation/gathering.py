@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -197,7 +198,8 @@ class _Asking:
     def all(self, what: str, leaves: Mapping[str, Tensor]) -> dict[str, Delivery]:
         """Ask every client for ``what``; a single failure ends the run, for all must stand on one basis."""
         record = Instruction(self.config, what, 0, self.ticket, False, {}, dict(leaves))
-        asked = {name: (node, record.to_records()) for name, node in self.nodes.items()}
+        shared: dict[int, ArrayRecord] = {}
+        asked = {name: (node, record.to_records(shared)) for name, node in self.nodes.items()}
         replies = {}
         for delivery in exchange(
             self.grid,

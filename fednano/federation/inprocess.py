@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -104,8 +105,10 @@ class InProcessGrid(Grid):
     def _handle(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
-            message.content = _through_the_wire(message.content)
-            reply = self._app(message, context)
+            # What the client reads is its own copy, and goes with it: of a thousand requests none is kept twice.
+            received = copy(message)
+            received.content = _through_the_wire(message.content)
+            reply = self._app(received, context)
             reply.content = _through_the_wire(reply.content)
         except Exception as error:  # whatever a client raises becomes its reply, as in Flower's own runtimes
             return Message(Error(code=_CRASHED, reason=f"{type(error).__name__}: {error}"), reply_to=message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fednano.errors import RunError
@@ -44,10 +45,9 @@ def introduce(
     Raises:
         RunError: a client cannot take part, two share a name, or one holds another model.
     """
-    asked = {
-        str(node): (node, Instruction(config, "hello", 0, HostTicket(), False, {}, start).to_records())
-        for node in nodes
-    }
+    hello = Instruction(config, "hello", 0, HostTicket(), False, {}, start)
+    shared: dict[int, ArrayRecord] = {}
+    asked = {str(node): (node, hello.to_records(shared)) for node in nodes}
     clients: dict[str, Introduced] = {}
     deliveries = exchange(
         grid,

@@ -121,8 +121,21 @@ class Instruction:
     tombstones: Tombstones = field(default_factory=Tombstones)
     secure: dict[str, Any] = field(default_factory=dict)
 
-    def to_records(self) -> RecordDict:
-        """As the content of a Flower message."""
+    def to_records(self, shared: dict[int, ArrayRecord] | None = None) -> RecordDict:
+        """As the content of a Flower message.
+
+        Args:
+            shared: encoded tensors by the identity of their mapping. Requests to many clients that are made with one
+                such dict hold one copy of what is the same for all.
+        """
+
+        def encoded(tensors: dict[str, Tensor]) -> ArrayRecord:
+            if shared is None:
+                return encode_tensors(tensors)
+            if id(tensors) not in shared:
+                shared[id(tensors)] = encode_tensors(tensors)
+            return shared[id(tensors)]
+
         content = RecordDict(
             {
                 "config": ConfigRecord(dict(self.config.to_mapping())),
@@ -141,11 +154,11 @@ class Instruction:
                     }
                 ),
                 "advice": ConfigRecord(dict(self.advice)),
-                "leaves": encode_tensors(self.leaves),
+                "leaves": encoded(self.leaves),
             }
         )
         if self.extra:
-            content["extra"] = encode_tensors(self.extra)
+            content["extra"] = encoded(self.extra)
         if self.secure:
             content["secure"] = ConfigRecord(self.secure)
         return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,14 +182,17 @@ def divide(config: RunConfig, dataset: Dataset, clients: int) -> list[list[int]]
             "Set partition to 'iid' or 'linear', or partition-by to a column of the data."
         )
     grouped = bool(config.partition_by) or config.partition == "sites"
-    return partition(
-        dataset.groups if grouped else dataset.labels,
-        kind="column" if config.partition == "sites" else config.partition,
-        clients=clients,
-        alpha=config.alpha,
-        seed=config.seed,
-        min_samples=2,
-    )
+    kind = "column" if config.partition == "sites" else config.partition
+    values = dataset.groups if grouped else dataset.labels
+    return _divided(tuple(values), kind, clients, config.alpha, config.seed)
+
+
+@lru_cache(maxsize=1)
+def _divided(
+    labels: tuple[str | int, ...], kind: str, clients: int, alpha: float, seed: int
+) -> list[list[int]]:
+    """Row numbers of all clients. A process that plays a thousand of them divides the data once."""
+    return partition(labels, kind=kind, clients=clients, alpha=alpha, seed=seed, min_samples=2)
 
 
 def hold_out(

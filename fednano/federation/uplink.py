@@ -11,11 +11,28 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fednano.aggregation import Codec, Leaves, Refusal, create_codec, decode_fisher, encode_fisher
+from fednano.aggregation import (
+    Codec,
+    Leaves,
+    Refusal,
+    codec_in_round,
+    create_codec,
+    decode_fisher,
+    encode_fisher,
+)
 from fednano.errors import ConfigError
-from fednano.federation.config import Scalar, parse_settings
+from fednano.federation.config import RunConfig, Scalar, parse_settings
 
-__all__ = ["PLAIN", "codec_for", "pack_fisher", "pack_update", "unpack_fisher", "unpack_update"]
+__all__ = [
+    "PLAIN",
+    "codec_advice",
+    "codec_asked",
+    "codec_for",
+    "pack_fisher",
+    "pack_update",
+    "unpack_fisher",
+    "unpack_update",
+]
 
 PLAIN = "fp32"
 """The name under which leaves travel as they are."""
@@ -34,6 +51,16 @@ def codec_for(name: str, options: str) -> Codec | None:
             raise ConfigError(f"codec-options is {options!r}, but codec is {PLAIN!r}, which has no options.")
         return None
     return create_codec(name, **parse_settings(options, "codec-options"))
+
+
+def codec_advice(config: RunConfig, number: int) -> dict[str, Scalar]:
+    """What clients are told of the codec in one round; nothing where leaves are plain."""
+    codec = codec_for(config.codec, config.codec_options)
+    if codec is None:
+        return {}
+    if codec_in_round(codec, number, config.rounds) is not codec:
+        return {"codec": codec.last}
+    return {"codec": config.codec, "codec_options": config.codec_options}
 
 
 def codec_asked(advice: Mapping[str, Scalar]) -> Codec | None:

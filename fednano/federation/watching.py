@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from flwr.app import ArrayRecord
+
 from fednano.aggregation import Rule
 from fednano.errors import RunError
 from fednano.federation.asking import instruct
@@ -128,8 +130,9 @@ def judge_on_clients(
     Returns:
         Accuracy and number of samples of each client that could.
     """
+    shared: dict[int, ArrayRecord] = {}
     asked = {
-        name: (fed.nodes[name], instruction.to_records())
+        name: (fed.nodes[name], instruction.to_records(shared))
         for name, instruction in instruct(fed, phase, rule, number, result, list(fed.nodes)).items()
     }
     deliveries = exchange(

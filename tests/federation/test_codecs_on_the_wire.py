@@ -15,6 +15,8 @@ from fednano.errors import ConfigError
 from fednano.federation.client_state import ClientState
 from fednano.federation.rounds import Federation, PhaseResult
 
+STEADY = {"sign": 'last=""'}
+"""Options with which every round is alike."""
 RATIOS = {"bf16": 0.53, "fp16": 0.53, "int8": 0.30, "int4": 0.17, "sign": 0.06, "topk": 0.16, "dct": 0.16}
 
 
@@ -37,7 +39,7 @@ def test_every_codec_is_an_option() -> None:
 def test_bytes_and_results(wide: Any) -> None:
     plain = wide.rounds()
     for codec, ratio in RATIOS.items():
-        result = wide.rounds(codec=codec)
+        result = wide.rounds(codec=codec, codec_options=STEADY.get(codec, ""))
         assert up(result) <= ratio * up(plain), codec
         assert result.wire.adapter_down == plain.wire.adapter_down
         # Cosine of the encoded run's change with the plain one's: the sparser ones send a few entries a round.
@@ -47,6 +49,17 @@ def test_bytes_and_results(wide: Any) -> None:
         ]
         cosine = float(torch.nn.functional.cosine_similarity(*pairs, dim=0))
         assert cosine > {"bf16": 0.999, "fp16": 0.999, "int8": 0.999, "int4": 0.95}.get(codec, 0.2), codec
+
+
+def test_the_last_round_of_sign_is_int4_and_owes_little(wide: Any) -> None:
+    owed, sent = [], []
+    for options in ("", STEADY["sign"]):
+        fed = wide.federation(codec="sign", codec_options=options, rounds=2, samples=16)
+        sent.append(up(wide.rounds(fed=fed)))
+        carried = [leaf for path in memories(fed, 2) for leaf in load_file(path).values()]
+        owed.append(float(torch.cat([leaf.flatten() for leaf in carried]).norm()))
+    assert owed[0] < 0.4 * owed[1]
+    assert sent[0] - sent[1] == pytest.approx(10_240 * (4.25 - 1.0625) / 8 / 2, rel=0.05)  # one round in two
 
 
 def test_the_fisher_travels_as_bytes(wide: Any) -> None:
