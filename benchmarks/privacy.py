@@ -46,8 +46,10 @@ def measure(unit: str, noise: float, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     began = time.monotonic()
-    private = {"dp": unit, "dp_noise": noise} if noise else {}
-    job = {name: value for name, value in SETTINGS[unit].items() if noise or name != "dp_clip"}
+    private: dict[str, Any] = {"dp": unit, "dp_noise": noise} if noise else {}
+    job: dict[str, Any] = {
+        name: value for name, value in SETTINGS[unit].items() if noise or name != "dp_clip"
+    }
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(
             **job, **private, seed=seed, placement="local", evaluate_every=0, holdout=0.0, runs_dir=folder

@@ -130,11 +130,11 @@ def child(clients: int, backend: str, cache_dir: str, runs_dir: str) -> None:
 def encode(cache_dir: str) -> None:
     """Compute the features of all images, so that no run is the first to need one."""
     from fednano.federation.config import RunConfig
-    from fednano.federation.model import build_edge, load_training_data
+    from fednano.federation.model import build_edge, load_data
     from fednano.training.features import FeatureCache
 
     config = RunConfig()
-    FeatureCache(build_edge(config).edge, Path(cache_dir)).warm(list(load_training_data(config.dataset)))
+    FeatureCache(build_edge(config).edge, Path(cache_dir)).warm(list(load_data(config)))
 
 
 def gates(rows: Sequence[Mapping[str, Any]]) -> list[Gate]:

@@ -93,7 +93,7 @@ def flower_client(server: Server, number: int) -> Clock:
     holders, threshold = server.plan.degree + 1, server.plan.threshold
     neighbours = range(1, holders)
     pairs = {v: (generate_key_pairs(), generate_key_pairs()) for v in neighbours}
-    setup = {
+    setup: dict[str, Any] = {
         Key.SAMPLE_NUMBER: server.plan.clients,
         Key.SHARE_NUMBER: holders,
         Key.THRESHOLD: threshold,
@@ -105,9 +105,10 @@ def flower_client(server: Server, number: int) -> Clock:
     state, clock = peer.SecAggPlusState(), Clock()
     state.nid = 0
 
-    def kept() -> None:
+    def kept() -> bool:
         nonlocal state
         state = peer.SecAggPlusState(**ConfigRecord(state.to_dict()))
+        return True
 
     clock("keys", lambda: (peer._setup(state, ConfigRecord(setup)), kept()))
     own = [state.pk1, state.pk2]
@@ -155,7 +156,7 @@ def session(count: int, timed: int) -> dict[str, Any]:
     lost_before, lost_after = set(range(tenth)), set(range(tenth, 2 * tenth))
     expected = np.zeros(LAYOUT.length, np.uint64)
     every = max(1, (count - tenth) // timed)
-    peers = []
+    peers: list[Any] = []
     for place, u in enumerate(sorted(set(range(count)) - lost_before)):
         words = clocks[u]("fixed point", lambda u=u: words_of(u))
         client = clients[u] = clocks[u]("masked", lambda u=u: stored(clients[u]))

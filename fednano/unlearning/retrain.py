@@ -15,6 +15,7 @@ from torch import Tensor
 from fednano.aggregation import Rule, Update, create_rule, validate
 from fednano.errors import ConfigError, Interrupted
 from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.model import settled
 from fednano.federation.server import spec_of
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
@@ -155,6 +156,7 @@ def retrain(
 
 
 def _rule(config: RunConfig) -> Rule:
+    config = settled(config)
     rule = create_rule(config.rule, **parse_settings(config.rule_options, "rule-options"))
     needs = sorted({key for number in (1, 2) for key in rule.client_config(number)} - _CAN)
     if needs or type(rule).downlink is not Rule.downlink:

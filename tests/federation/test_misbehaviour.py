@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from fednano.errors import ConfigError
 from fednano.federation import asking
 from fednano.federation.apps import client_app
-from fednano.federation.client_task import perform, train
 from fednano.federation.config import RunConfig
 from fednano.federation.exchange import Delivery
 from fednano.federation.faults import Fault, check_faults, parse_faults
 from fednano.federation.inprocess import InProcessGrid
-from fednano.federation.messages import HostTicket, Instruction
+from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.misbehaviour import assign, distort
+from fednano.federation.tasks import carry_out
 from fednano.runs import RunFolder
 
 NAMES = [f"client-{k:03d}" for k in range(10)]
@@ -63,7 +63,8 @@ def test_somebody_must_be_honest_and_nobody_real() -> None:
 
 def test_a_client_with_data_of_its_own_does_not_obey() -> None:
     asked = Instruction(RunConfig(), "federated", 1, HostTicket(), False, {"fault": "nan:1"}, {})
-    reply = perform(train, asked, {"site": "hospital", "data": "records"})
+    node = {"site": "hospital", "data": "records"}
+    reply = Reply.from_records(carry_out("train", asked.to_records(), node))
     assert reply.leaves is None
     assert reply.failure is not None
     assert "only simulated clients" in reply.failure.message

@@ -139,7 +139,7 @@ def test_what_is_known_again_is_the_exact_memorisation_of_the_measurement(secret
     edge = build_edge(config)
     with torch.no_grad():
         for leaf in edge.layers.parameters():
-            leaf.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+            leaf.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
     data = ClientData(list(load_dataset(str(secrets), "train")), edge, FeatureCache(edge.edge))
     with connect(config, HostTicket()) as llm:
         expected = [exact_memorisation(each) for each in token_scores(edge, llm, data)]

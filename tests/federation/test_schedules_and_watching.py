@@ -102,6 +102,8 @@ def test_rules_that_carry_tensors_refuse_a_rank_schedule(rule: str, laboratory: 
 class Scripted:
     """An evaluator whose accuracies are given."""
 
+    title = "accuracy"
+
     def __init__(self, accuracies: list[float]) -> None:
         self.left = list(accuracies)
 

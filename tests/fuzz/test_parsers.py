@@ -254,7 +254,8 @@ def service() -> LanguageHost:
     part = SimpleNamespace(hidden_size=24, fingerprint="f", max_positions=64, vocab_size=53)
     limits = HostLimits(max_request_bytes=1 << 20)
     stats = Stats()
-    return LanguageHost(SimpleNamespace(part=part), ComputePool(limits, stats), limits, stats)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(part=part, device=torch.device("cpu"))
+    return LanguageHost(model, ComputePool(limits, stats), limits, stats)
 
 
 PACKED = pb.Packed(dtype=pb.FLOAT32, hidden_size=24, lengths=[3, 5], scale=1.0)

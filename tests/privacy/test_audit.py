@@ -59,8 +59,8 @@ def test_words_and_images_leak_as_they_are_and_not_through_enough_noise(tmp_path
     assert all(rate < 0.3 for (setting, _), rate in by_setting.items() if "noise" in setting)
     images, picture = images_from_features(edge, made[:8], made[8:], levels, cache, 0)
     plain, small, noise = (finding.value for finding in images)
-    assert plain > images[0].chance + 3
-    assert small > images[0].chance + 3
+    assert plain > images[0].chance + 2
+    assert small > images[0].chance + 2
     assert noise < images[0].chance + 1
     assert picture is not None
     assert picture.width == 2 * picture.height  # eight images wide, the originals and three settings high
