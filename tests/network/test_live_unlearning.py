@@ -12,7 +12,7 @@ import pytest
 from processes import free_port
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # not seen to pass yet: docs/log.md
 
 ROOT = Path(__file__).parents[2]
 SITE = "client-001"
