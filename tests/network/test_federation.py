@@ -13,7 +13,10 @@ import pytest
 from processes import Sandbox, free_port
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # three minutes of CPU time: too long for every change
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]  # three minutes of CPU time: too long for every change
 
 SITES = ("client-000", "client-001", "client-002")
 SMALL = [
