@@ -135,7 +135,7 @@ class RunConfig:
     clients: int = _setting(5, "number of clients in a simulation")
     partition: str = _setting(
         "dirichlet",
-        "how a simulation divides the data: 'dirichlet' (by answers), 'iid', 'column', 'sites' (a folder "
+        "how a simulation divides the data: 'dirichlet' (by answers), 'iid', 'column', 'folders' (one "
         "each), or in growing sizes: 'linear', 'square', 'exponential'",
     )
     partition_by: str = _setting(
@@ -479,7 +479,7 @@ _NON_NEGATIVE = (
     "dp_epsilon",
 )
 _CHOICES = {
-    "partition": ("dirichlet", "iid", "column", "sites", "linear", "square", "exponential"),
+    "partition": ("dirichlet", "iid", "column", "folders", "linear", "square", "exponential"),
     "metric": (*("auto", "exact-match", "vqa", "choice", "token-f1", "macro-f1", "rouge-l", "entity-f1"),),
     "data_kind": (
         *("auto", "vqa", "multiple-choice", "instruction"),

@@ -181,8 +181,8 @@ def divide(config: RunConfig, dataset: Dataset, clients: int) -> list[list[int]]
             f"partition is 'dirichlet', which divides by answers, and answers of {dataset.kind} data are no classes. "
             "Set partition to 'iid' or 'linear', or partition-by to a column of the data."
         )
-    grouped = bool(config.partition_by) or config.partition == "sites"
-    kind = "column" if config.partition == "sites" else config.partition
+    grouped = bool(config.partition_by) or config.partition == "folders"
+    kind = "column" if config.partition == "folders" else config.partition
     values = dataset.groups if grouped else dataset.labels
     return _divided(tuple(values), kind, clients, config.alpha, config.seed)
 
@@ -206,9 +206,9 @@ def hold_out(
 
 
 def load_data(config: RunConfig, split: str = "train") -> Dataset:
-    """A split of the run's data set; with partition ``sites`` what all its sites train on, each a group. Raises
+    """A split of the run's data set; with partition ``folders`` what all its sites train on, each a group. Raises
     DataError."""
-    if config.partition == "sites" and split == "train":
+    if config.partition == "folders" and split == "train":
         return _all_sites(config)
     return load_dataset(config.dataset, split, kind=config.data_kind, options=config.data_settings)
 
@@ -219,7 +219,7 @@ def _all_sites(config: RunConfig) -> Dataset:
     if len(folders) != config.clients:
         found = ", ".join(path.name for path in folders[:10]) or "none"
         raise DataError(
-            f"partition is 'sites' with {config.clients} clients, and {base} has {len(folders)} folders ({found}). "
+            f"partition is 'folders' with {config.clients} clients, and {base} has {len(folders)} folders ({found}). "
             "Make one for each client, or set clients to their number."
         )
     each = {path.name: load_site_data(config, str(path)) for path in folders}

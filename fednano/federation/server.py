@@ -272,10 +272,11 @@ def _write_partition(folder: RunFolder, config: RunConfig, clients: Mapping[str,
         name: json.loads(c.hello.facts["labels"]) for name, c in clients.items() if "labels" in c.hello.facts
     }
     labels = sorted({label for own in counts.values() for label in own})
+    simulated = all(c.hello.facts.get("simulated") == "True" for c in clients.values())
     folder.write_json(
         "partition.json",
         {
-            "kind": config.partition if counts else "sites",
+            "kind": config.partition if simulated else "sites",
             "alpha": config.alpha,
             "labels": labels,
             "counts": {name: [own.get(label, 0) for label in labels] for name, own in counts.items()},

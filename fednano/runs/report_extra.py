@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["client_heat", "privacy_rows", "spectra", "spectrum_rows"]
 
 _COLUMNS = 24
-_DP = ("epsilon", "delta", "noise", "clip-norm-dp", "secure", "dp-", "privacy")
 
 
 def client_heat(metrics: Metrics) -> dict[str, Any] | None:
@@ -125,31 +124,38 @@ def spectrum_rows(found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 def privacy_rows(config: Mapping[str, Any], summary: Summary | None) -> list[tuple[str, str]]:
     """Who saw what in this run, and what protected it."""
     split = config.get("placement", "split") == "split"
+    kept = config.get("exchange") == "label-private"
     encoded = str(config.get("wire-dtype", "float32"))
-    rows = [
-        ("Images and texts", "stayed with the clients"),
-        (
-            "Embeddings",
-            f"adapted embeddings of every step reached the language host, as {encoded}; text can be recovered from them"
-            if split
-            else "stayed with the clients, which held the whole model",
-        ),
-        (
-            "Answers",
-            "reached the language host as labels of every step" if split else "stayed with the clients",
-        ),
-    ]
-    protections = {
-        k: v for k, v in config.items() if any(word in k for word in _DP) and v not in ("", 0, 0.0, False)
-    }
-    private = (summary.extra.get("privacy") if summary else None) or {}
-    protections |= dict(private) if isinstance(private, Mapping) else {}
+    secure = bool(config.get("secure-aggregation"))
+    rows = [("Images and texts", "stayed with the clients")]
+    if split:
+        rows.append(("Embeddings", f"adapted ones of every step reached the language host, as {encoded}"))
+        stayed = "stayed with the clients, with the model's head"
+        rows.append(("Answers", stayed if kept else "reached the language host as labels of every step"))
+    else:
+        rows.append(("Embeddings, answers", "stayed with the clients, which held the whole model"))
     rows.append(
-        ("Updates", "each client's reached the server, in the clear unless a protection below says otherwise")
+        (
+            "Updates",
+            "the server saw sums over clients only (secure aggregation)"
+            if secure
+            else "each client's reached the server",
+        )
     )
-    if protections:
-        rows += [(str(key).replace("_", " "), str(value)) for key, value in protections.items()]
+    private = (summary.extra.get("privacy") if summary else None) or {}
+    if private and isinstance(private, Mapping):
+        rows.append(("Differential privacy", f"by {private.get('unit', 'client')}"))
+        shown = {key: value for key, value in private.items() if key != "unit"}
+        rows += [
+            ({"epsilon": "ε", "delta": "δ"}.get(key, str(key).replace("_", " ")), _plain(value))
+            for key, value in shown.items()
+        ]
+    elif config.get("dp", "off") not in ("off", ""):
+        rows.append(("Differential privacy", f"by {config['dp']}; the run did not get to count ε"))
     else:
         rows.append(("Differential privacy", "none: ε is not bounded"))
-        rows.append(("Secure aggregation", "none"))
     return rows
+
+
+def _plain(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

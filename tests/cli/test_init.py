@@ -34,7 +34,7 @@ def test_it_runs_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (summary["clients"], summary["rounds"], summary["test_samples"]) == (3, 1, 60)
     [run] = [path for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()]
     partition = json.loads((run / "partition.json").read_text())
-    assert partition["kind"] == "sites"
+    assert partition["kind"] == "folders"
     shapes = ["circle", "triangle", "rectangle"]  # each site asks about another one
     for own, (client, counts) in zip(shapes, sorted(partition["counts"].items()), strict=True):
         said = dict(zip(partition["labels"], counts, strict=True))

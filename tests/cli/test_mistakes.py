@@ -90,7 +90,7 @@ MISTAKES: dict[str, tuple[list[str], str, int]] = {
         simulate(*GOOD, "--partition", "column", "--partition-by", "ward"), "ward is missing, by which", 2),
     "free text by its answers": (simulate("--data", "tell"), "Set partition to 'iid'", 2),
     "more clients than samples": (simulate(*GOOD, "--clients", "50"), "more clients (50) than samples (8)", 2),
-    "site folders that are not there": (simulate(*GOOD, "--partition", "sites"), "Make one for each client", 2),
+    "site folders that are not there": (simulate(*GOOD, "--partition", "folders"), "Make one for each client", 2),
     "unknown metric": (simulate("--metric", "bleu"), "expected one of auto, exact-match", 2),
     "no such model": (simulate(*GOOD, "--model", "me/gone"), "no model 'me/gone'", 2),
     "folder that is no model": (simulate(*GOOD, "--model", "no-config"), "has no config.json", 2),

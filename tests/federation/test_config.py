@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.errors import ConfigError
@@ -21,6 +21,7 @@ def test_flower_app_lists_every_setting_with_its_default() -> None:
     assert app["config"] == RunConfig().to_mapping() | {OTHER_WORK: ""}
 
 
+@settings(deadline=None)
 @given(
     rounds=st.integers(1, 500),
     alpha=st.floats(1e-3, 1e3),

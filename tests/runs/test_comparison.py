@@ -16,6 +16,7 @@ from fednano.cli.commands import app
 from fednano.errors import RunError
 from fednano.runs import RunFolder
 from fednano.runs.comparison import compare_runs, comparison_html
+from fednano.runs.report_data import collect
 from fednano.runs.report_extra import client_heat, privacy_rows, spectra, spectrum_rows
 from fednano.runs.report_metrics import read_metrics
 
@@ -139,9 +140,22 @@ def test_the_spectrum_is_that_of_the_product() -> None:
     assert spectrum_rows({"image": [0.0, 0.0]})[0]["effective"] == "0.0"
 
 
-def test_who_saw_what() -> None:
-    split = dict(privacy_rows({"placement": "split", "wire-dtype": "int8"}, None))
+def test_who_saw_what(sample_run: RunFolder, tmp_path: Path) -> None:
+    split = dict(
+        privacy_rows({"placement": "split", "wire-dtype": "int8", "dp": "off", "dp-noise": 1.0}, None)
+    )
     assert "int8" in split["Embeddings"]
+    assert split["Answers"].startswith("reached")
+    assert split["Updates"] == "each client's reached the server"
     assert split["Differential privacy"] == "none: ε is not bounded"
-    assert "stayed" in dict(privacy_rows({"placement": "local"}, None))["Answers"]
-    assert dict(privacy_rows({"dp-noise": 0.8}, None))["dp-noise"] == "0.8"
+    closed = dict(
+        privacy_rows({"exchange": "label-private", "secure-aggregation": True, "dp": "client"}, None)
+    )
+    assert closed["Answers"].startswith("stayed")
+    assert "sums over clients only" in closed["Updates"]
+    assert "did not get to count" in closed["Differential privacy"]
+    extra = {"extra": {"privacy": {"unit": "client", "epsilon": 2.71828, "noise": 0.8}}}
+    [run] = copies(sample_run, tmp_path, {"summary": extra})
+    counted = dict(privacy_rows({"placement": "local"}, collect(run).summary))
+    assert (counted["ε"], counted["noise"]) == ("2.718", "0.8")
+    assert "stayed" in counted["Embeddings, answers"]

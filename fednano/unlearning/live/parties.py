@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fednano import errors
 from fednano.aggregation import Update
-from fednano.data import load_dataset
 from fednano.errors import ConfigError, DataError, FednanoError, Interrupted, RunError
 from fednano.federation.config import RunConfig
 from fednano.federation.deployment import Deployment, sent_bytes
 from fednano.federation.exchange import Delivery
 from fednano.federation.messages import HostTicket, Instruction
+from fednano.federation.model import load_data
 from fednano.models.edge import NanoEdge
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
@@ -78,7 +78,7 @@ class LiveParties:
         self._absent: set[str] = set()
         self._messages = 0
         self.statement: dict[str, Any] = {}
-        tests = some(list(load_dataset(self.config.dataset, "test")), request.seed, "test")
+        tests = some(list(load_data(self.config, "test")), request.seed, "test")
         self._tests = ClientData(tests, self.edge, FeatureCache(self.edge.edge))
         if request.client not in deployment.nodes:
             raise OwnerOffline(f"{request.client} is not connected.")

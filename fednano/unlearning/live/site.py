@@ -20,6 +20,7 @@ from fednano.data import Sample, load_dataset
 from fednano.errors import ConfigError, DataError, RequestRefused
 from fednano.federation.client_task import Worker, site_name
 from fednano.federation.messages import Instruction, Reply
+from fednano.federation.model import load_data
 from fednano.federation.schedules import fit_rank
 from fednano.models.language import LanguageModel
 from fednano.runs.checkpoints import pack
@@ -284,9 +285,10 @@ def _statement(signer: Signer, site: _Site, forget: Forget, figures: dict[str, A
 
 def _tests(site: _Site) -> list[Sample]:
     """The test questions that this site can read: its own, or in a simulation those of the data set."""
-    where = str(site.node.get("data", "")) or site.instruction.config.dataset
+    config, where = site.instruction.config, str(site.node.get("data", ""))
     try:
-        return some(list(load_dataset(where, "test")), site.ask.seed, "test")
+        tests = load_dataset(where, "test") if where else load_data(config, "test")
+        return some(list(tests), site.ask.seed, "test")
     except (DataError, ConfigError):
         return []
 
