@@ -34,8 +34,9 @@ def table(path: Path) -> Table:
 
 
 def test_rows_are_written_one_by_one_and_measured_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where the workers find `square`
     path, said = tmp_path / "squares.json", lambda row: f"{row['number']}"
     first = table(path)
     with pytest.raises(ValueError, match="no such cell"):
