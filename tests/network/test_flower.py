@@ -91,7 +91,9 @@ def test_flower_simulation_command_gives_the_same_bits_and_leaves_no_process(
     path = only_run(sandbox.folder / "old")
     check(path)
     assert_same_adapter(path, reference)
-    time.sleep(2)
+    deadline = time.monotonic() + 30  # Ray's processes end in their own time
+    while sandbox.leftovers() and time.monotonic() < deadline:
+        time.sleep(1)
     assert not sandbox.leftovers()
 
 
