@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fednano.errors import FednanoError, Interrupted, UpdateRefused
 from fednano.federation.config import RunConfig
 from fednano.federation.messages import HostTicket, Reply
+from fednano.federation.passing import PassingGrid
 from fednano.runs import RunFolder
 from fednano.security.audit import Auditor
 from fednano.security.authority import SERVER
@@ -73,7 +73,7 @@ def enrolled(grid: Grid, config: RunConfig, folder: RunFolder) -> Iterator[Grid]
         place.deactivate(folder.id)
 
 
-class EnrolledGrid(Grid):
+class EnrolledGrid(PassingGrid):
     """A grid whose requests carry run tokens and whose replies come from whom they say.
 
     Args:
@@ -83,27 +83,8 @@ class EnrolledGrid(Grid):
     """
 
     def __init__(self, inner: Grid, place: ServerPlace, run: str) -> None:
-        self._inner, self._place, self._run = inner, place, run
-
-    def set_run(self, run: Run) -> None:
-        """Take over a run's description."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run's description."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A new message."""
-        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+        super().__init__(inner)
+        self._place, self._run = place, run
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of the enrolled sites that are connected."""

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from torch import Tensor
 
 from fednano.errors import Interrupted, RunError, UpdateRefused
 from fednano.federation.messages import Reply, tombstone_record
+from fednano.federation.passing import PassingGrid
 from fednano.runs import RunFolder
 from fednano.runs.tombstones import Tombstones, commit_pending, read_tombstones, write_tombstones
 
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-class ForgettingGrid(Grid):
+class ForgettingGrid(PassingGrid):
     """A grid whose requests carry tombstones and whose replies must honour them.
 
     Args:
@@ -48,7 +48,8 @@ class ForgettingGrid(Grid):
     """
 
     def __init__(self, inner: Grid, run: Path) -> None:
-        self._inner, self._folder = inner, run
+        super().__init__(inner)
+        self._folder = run
         self._sites: dict[int, str] = {}
         self._simulated = False
 
@@ -65,26 +66,6 @@ class ForgettingGrid(Grid):
         """
         self._sites, self._simulated = {node: name for name, node in sites.items()}, simulated
         return [name for name, node in sites.items() if self._due(node).sets]
-
-    def set_run(self, run: Run) -> None:
-        """Take over a run's description."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run's description."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A new message."""
-        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of all clients."""
