@@ -15,7 +15,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     if PRECISION == "ieee":
         # A sum of blocks errs less than one long chain of additions, which is what these products otherwise are.
-        return acc + tl.dot(a, b, input_precision="ieee")
+        # Subtracted, because the compiler makes a chain again of a product that is added.
+        return acc - tl.dot(-a, b, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
