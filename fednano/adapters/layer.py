@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fednano.adapters import checks, sites
+from fednano.adapters.fused import LowRank
+from fednano.adapters.method import Method
 from fednano.adapters.protocol import Adapter, Basis, Leaf, Site, Tensors
 from fednano.errors import ModelError, UpdateRefused
 
@@ -189,6 +191,14 @@ class AdapterLayer(nn.Module):
         if self.merged or self.adapter.replaces_base or drops:
             return None
         return self.adapter.low_rank(self.site, x, dict(self.theta.items()), self._tables())
+
+    def low_rank_form(self) -> LowRank | None:
+        """What the layer adds, as a product of two factors, its own leaves among them; None where it has no such form,
+        or drops inputs at random."""
+        drops = self.training and getattr(self.adapter, "dropout", 0) > 0
+        if self.merged or self.adapter.replaces_base or drops or not isinstance(self.adapter, Method):
+            return None
+        return self.adapter.low_rank_form(dict(self.theta.items()), self._tables())
 
     def delta(self) -> Tensor:
         """The change ``(d_out, d_in)`` in the leaves' dtype.

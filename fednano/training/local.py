@@ -19,9 +19,9 @@ from fednano.models.factored import FactoredModel
 from fednano.models.language import LanguageModel
 from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData, draw
+from fednano.training.steps import OPTIMIZERS, optimizer_steps
 
 __all__ = [
-    "OPTIMIZERS",
     "TrainOutcome",
     "TrainSettings",
     "adapter_leaves",
@@ -29,12 +29,6 @@ __all__ = [
     "round_samples",
     "train_local",
 ]
-
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 
 
 @dataclass(frozen=True)
@@ -135,36 +129,35 @@ def train_local(
         raise ConfigError(
             f"all leaves are frozen ({', '.join(sorted(frozen))}); expected one that is trained."
         )
-    parameters = list(named.values())
-    anchor = [parameter.detach().clone() for parameter in parameters]
-    optimizer = OPTIMIZERS[settings.optimizer](
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
     order = round_samples(data, settings, seed=seed, client=client, round_number=round_number)
     data.warm(order)
-    total, steps = 0.0, 0
-    for start in range(0, len(order), settings.batch_size):
-        prompts, features = data.batch(order[start : start + settings.batch_size])
-        adapted, ask = _adapt(edge, llm, prompts, features, settings.objective)
-        _check_finite(adapted, [], client=client, round_number=round_number, step=steps + 1)
-        losses = ask()  # (B,)
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()  # type: ignore[no-untyped-call]
-        if settings.proximal_mu:
-            for parameter, origin in zip(parameters, anchor, strict=True):
-                assert parameter.grad is not None
-                parameter.grad.add_(parameter.detach() - origin, alpha=settings.proximal_mu)
-        for name, correction in (drift or {}).items():
-            gradient = named[name].grad
-            assert gradient is not None
-            gradient.add_(correction.to(gradient))
-        _check_finite(losses, parameters, client=client, round_number=round_number, step=steps + 1)
-        if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        optimizer.step()
-        total += float(losses.detach().sum())
-        steps += 1
-    return TrainOutcome(total / len(order), len(order), steps, time.perf_counter() - started)
+    total, count = 0.0, 0
+    with optimizer_steps(
+        list(named.values()),
+        settings.optimizer,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        proximal_mu=settings.proximal_mu,
+        clip_norm=settings.clip_norm,
+    ) as steps:
+        for start in range(0, len(order), settings.batch_size):
+            where = f"client {client}, round {round_number}, step {count + 1}"
+            prompts, features = data.batch(order[start : start + settings.batch_size])
+            adapted, ask = _adapt(edge, llm, prompts, features, settings.objective)
+            _check_finite(where, adapted)
+            losses = ask()  # (B,)
+            steps.zero_grad()
+            losses.mean().backward()  # type: ignore[no-untyped-call]
+            gradients = steps.gradients()
+            for name, correction in (drift or {}).items():
+                gradient = named[name].grad
+                assert gradient is not None
+                gradient.add_(correction.to(gradient))
+            _check_finite(where, losses, *gradients)
+            steps.step()
+            total += float(losses.detach().sum())
+            count += 1
+    return TrainOutcome(total / len(order), len(order), count, time.perf_counter() - started)
 
 
 def _adapt(
@@ -215,15 +208,10 @@ def adapter_leaves(edge: NanoEdge) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _check_finite(
-    values: Tensor, parameters: list[torch.nn.Parameter], *, client: str, round_number: int, step: int
-) -> None:
+def _check_finite(where: str, *values: Tensor) -> None:
     """Refuse embeddings, losses or gradients that are not finite, before they do harm."""
-    finite = bool(torch.isfinite(values.detach()).all()) and all(
-        bool(torch.isfinite(parameter.grad).all()) for parameter in parameters if parameter.grad is not None
-    )
-    if not finite:
+    if not all(bool(torch.isfinite(value.detach()).all()) for value in values):
         raise TrainingDiverged(
-            f"client {client}, round {round_number}, step {step}: the adapters' output, the loss or a gradient is not "
-            "finite. Lower the learning rate, or set a clip norm."
+            f"{where}: the adapters' output, the loss or a gradient is not finite. Lower the learning rate, or set a "
+            "clip norm."
         )

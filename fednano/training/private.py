@@ -22,7 +22,8 @@ from fednano.models.language import LanguageModel
 from fednano.privacy.dp import Noise, clip_factor, norm
 from fednano.training.data import ClientData
 from fednano.training.fisher import per_sample_gradients
-from fednano.training.local import OPTIMIZERS, TrainOutcome, TrainSettings, adapter_leaves
+from fednano.training.local import TrainOutcome, TrainSettings, adapter_leaves
+from fednano.training.steps import optimizer_steps
 
 __all__ = ["Private", "private_gradient", "sampling_of", "train_private"]
 
@@ -122,27 +123,30 @@ def train_private(
     named = {
         name: leaf for name, leaf in adapter_leaves(edge).items() if leaf.requires_grad and name not in frozen
     }
-    anchor = {name: leaf.detach().clone() for name, leaf in named.items()}
-    optimizer = OPTIMIZERS[settings.optimizer](
-        list(named.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    rate, steps = sampling_of(data, settings)
+    rate, count = sampling_of(data, settings)
     seen = 0
-    for step in range(1, steps + 1):
-        chosen = noise.coins(len(data), rate)
-        data.warm(chosen)
-        gradient = private_gradient(edge, llm, data, chosen, list(named), private, noise, settings)
-        for name, leaf in named.items():
-            leaf.grad = gradient[name].to(leaf)
-            if settings.proximal_mu:
-                leaf.grad.add_(leaf.detach() - anchor[name], alpha=settings.proximal_mu)
-        if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip_norm)
-        optimizer.step()
-        if not all(bool(torch.isfinite(leaf).all()) for leaf in named.values()):
-            raise TrainingDiverged(
-                f"client {client}, round {round_number}, step {step}: the adapters are not finite. Lower the learning "
-                "rate or dp-noise."
-            )
-        seen += len(chosen)
-    return TrainOutcome(math.nan, seen, steps, time.perf_counter() - started)
+    with optimizer_steps(
+        list(named.values()),
+        settings.optimizer,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        proximal_mu=settings.proximal_mu,
+        clip_norm=settings.clip_norm,
+    ) as steps:
+        for step in range(1, count + 1):
+            chosen = noise.coins(len(data), rate)
+            data.warm(chosen)
+            gradient = private_gradient(edge, llm, data, chosen, list(named), private, noise, settings)
+            steps.zero_grad()
+            steps.gradients()
+            for name, leaf in named.items():
+                assert leaf.grad is not None
+                leaf.grad.copy_(gradient[name])
+            steps.step()
+            if not all(bool(torch.isfinite(leaf).all()) for leaf in named.values()):
+                raise TrainingDiverged(
+                    f"client {client}, round {round_number}, step {step}: the adapters are not finite. Lower the "
+                    "learning rate or dp-noise."
+                )
+            seen += len(chosen)
+    return TrainOutcome(math.nan, seen, count, time.perf_counter() - started)

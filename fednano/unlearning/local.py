@@ -15,8 +15,8 @@ from fednano.models.edge import Composed, NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
-from fednano.training.local import OPTIMIZERS
 from fednano.training.objectives import dpo, kl_divergence, npo, simnpo
+from fednano.training.steps import OPTIMIZERS
 from fednano.unlearning.methods import Method
 from fednano.unlearning.probe import require_local
 from fednano.unlearning.targets import without_end
@@ -35,7 +35,7 @@ class LocalSettings:
         steps: optimiser steps.
         batch_size: most samples a step, of each kind.
         learning_rate: step size.
-        optimizer: a name in `fednano.training.local.OPTIMIZERS`; its state starts afresh each round.
+        optimizer: a name in `fednano.training.steps.OPTIMIZERS`; its state starts afresh each round.
         clip_norm: largest gradient norm of a step; 0 switches clipping off.
         npo_beta: inverse temperature of NPO and DPO.
         simnpo_beta: that of SimNPO.
