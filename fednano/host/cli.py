@@ -15,132 +15,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from fednano.errors import ConfigError, FednanoError
 from fednano.host.limits import HostLimits
+from fednano.host.options import parser
 from fednano.host.security import HostSecurity, RunTokens, StaticTokens
 
 if TYPE_CHECKING:
-    from fednano.models.language import LanguagePart, LocalLLM
+    from fednano.host.loading import Loader
+    from fednano.models.language import LanguagePart
 
-__all__ = ["Loader", "main"]
-
-Loader: TypeAlias = "Callable[[str, str, str], LanguagePart]"
-"""Loads the language part from a model's name, a dtype's name and a device."""
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fednano host",
-        description="Serve the frozen language half of a model to the clients of a run.",
-        epilog="Without --tls-cert the host listens on loopback addresses only. "
-        "`fednano host bench` measures a host instead; see `fednano host bench --help`.",
-    )
-    limits = HostLimits()
-    add = parser.add_argument
-    add("--model", required=True, help="'tiny', a folder, or a Hugging Face id")
-    add(
-        "--listen",
-        default="127.0.0.1:50051",
-        metavar="HOST:PORT",
-        help="port 0 takes a free one (%(default)s)",
-    )
-    add("--dtype", choices=_DTYPES, default="float32", help="type of weights and arithmetic (%(default)s)")
-    add("--device", default="cpu", help="'cpu', 'cuda', 'cuda:1', ... (%(default)s)")
-    add("--workers", type=int, default=1, help="computations at one time (%(default)s)")
-    add("--threads", type=int, default=None, help="torch threads of each computation (torch's default)")
-    add(
-        "--batch-tokens",
-        type=int,
-        default=None,
-        metavar="N",
-        help="most tokens of a batch of several clients' steps; 0: each alone, and then the bits of a reply depend on "
-        "its request alone (8192 on a GPU, 0 on a CPU)",
-    )
-    add(
-        "--linger-ms",
-        type=float,
-        default=None,
-        metavar="MS",
-        help="longest wait of a small step for other clients' (10 on a GPU, 0 on a CPU)",
-    )
-    add("--compile", action="store_true", help="compile the model's blocks at start (about a minute)")
-    add(
-        "--memory-gb",
-        type=float,
-        default=None,
-        metavar="GB",
-        help="most memory of the GPU, model included; larger batches go in parts (all there is)",
-    )
-    add(
-        "--keep-bytes",
-        type=int,
-        default=2 << 30,
-        help="memory for samples of the factored exchange (%(default)s)",
-    )
-    add(
-        "--keep-graphs",
-        type=int,
-        default=8,
-        help="label-private steps that wait with their graphs; others are computed again (%(default)s)",
-    )
-    add("--keep-disk-bytes", type=int, default=0, help="temporary files for more of them (%(default)s)")
-    add("--tls-cert", type=Path, metavar="PEM", help="certificate chain of this host")
-    add("--tls-key", type=Path, metavar="PEM", help="its private key")
-    add("--client-ca", type=Path, metavar="PEM", help="admit only clients with a certificate signed by these")
-    add(
-        "--server",
-        type=Path,
-        metavar="DIR",
-        help="folder of a federation's server, which holds certificates and the key of run tokens",
-    )
-    add("--token-file", type=Path, metavar="FILE", help="admitted tokens, one base64url text a line")
-    add("--max-batch", type=int, default=limits.max_batch, help="samples of a request (%(default)s)")
-    add(
-        "--max-tokens",
-        type=int,
-        default=limits.max_tokens,
-        help="samples x longest, of a request (%(default)s)",
-    )
-    add("--max-new-tokens", type=int, default=limits.max_new_tokens, help="tokens of an answer (%(default)s)")
-    add("--max-request-bytes", type=int, default=limits.max_request_bytes, help="of tensors (%(default)s)")
-    add("--max-requests", type=int, default=limits.max_requests, help="taken on at one time (%(default)s)")
-    add(
-        "--max-buffered-bytes", type=int, default=limits.max_buffered_bytes, help="of all those (%(default)s)"
-    )
-    add(
-        "--idle-seconds",
-        type=float,
-        default=limits.idle_seconds,
-        help="wait for a silent client (%(default)s)",
-    )
-    add(
-        "--slowest-bytes",
-        type=int,
-        default=limits.slowest_bytes,
-        help="a second, that a request must come at (%(default)s)",
-    )
-    add("--grace", type=float, default=10.0, help="seconds for calls under way when stopped (%(default)s)")
-    add(
-        "--metrics",
-        default="",
-        metavar="HOST:PORT",
-        help="serve counters for Prometheus at http://HOST:PORT/metrics",
-    )
-    add("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"), help="(%(default)s)")
-    add(
-        "--managed",
-        action="store_true",
-        help="read settings from stdin, and stop when stdin ends (for programs)",
-    )
-    return parser
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
@@ -148,7 +37,7 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
 
     Args:
         argv: arguments without the program's name; ``None`` takes those of the process.
-        load: loads the model; ``None`` takes `fednano.models.load_language`.
+        load: loads the model; see `fednano.host.loading.load_part`.
 
     Returns:
         The exit status: 0 after a clean stop, 2 for a mistake of the caller (told on stderr).
@@ -158,7 +47,7 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
         from fednano.host.bench import main as bench
 
         return bench(words[1:])
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = _StopSwitch()
     try:
@@ -166,7 +55,9 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
         limits = HostLimits(**{field.name: getattr(options, field.name) for field in fields(HostLimits)})
         security = _security(options, tokens)
         security.credentials(options.listen)  # a mistake here is told before minutes of loading
-        part = (load or _load)(options.model, options.dtype, options.device)
+        from fednano.host.loading import load_part
+
+        part = load_part(options, load)
         asyncio.run(_serve(options, part, security, limits, stop))
     except (FednanoError, OSError) as error:
         print(f"fednano host: {error}", file=sys.stderr)
@@ -174,40 +65,6 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
     except KeyboardInterrupt:  # Ctrl-C before the server took over the signal
         return 130
     return 0
-
-
-def _batch_tokens(options: argparse.Namespace) -> int:
-    """What was asked, or a default for the device: on a CPU the passes of small batches gain nothing."""
-    if options.batch_tokens is not None:
-        return int(options.batch_tokens)
-    return 8192 if str(options.device).startswith("cuda") else 0
-
-
-def _linger_seconds(options: argparse.Namespace) -> float:
-    if options.linger_ms is not None:
-        return float(options.linger_ms) / 1000
-    return 0.01 if str(options.device).startswith("cuda") else 0.0
-
-
-def _model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:
-    """The model, ready to compute: a host that says it serves answers its first step as fast as its hundredth."""
-    import torch
-
-    from fednano.models.language import LocalLLM
-    from fednano.models.memory import DeviceMemory
-
-    device = torch.device(options.device)
-    memory = None
-    if options.memory_gb is not None:
-        if device.type != "cuda" or not options.memory_gb > 0:
-            raise ConfigError(
-                f"--memory-gb: got {options.memory_gb:g} on {options.device}; expected a number above 0, on a GPU"
-            )
-        memory = DeviceMemory(device, int(options.memory_gb * 1e9))
-    llm = LocalLLM(part, compiled=options.compile, memory=memory)
-    if options.compile or device.type == "cuda":
-        llm.passes.warm_up()
-    return llm
 
 
 async def _serve(
@@ -218,17 +75,18 @@ async def _serve(
     stop: _StopSwitch,
 ) -> None:
     from fednano.host.kept import KeptSamples
+    from fednano.host.loading import batch_tokens, linger_seconds, make_model
     from fednano.host.server import HostServer
 
     server = HostServer(
-        _model(options, part),
+        make_model(options, part),
         listen=options.listen,
         security=security,
         limits=limits,
         workers=options.workers,
         threads=options.threads,
-        batch_tokens=_batch_tokens(options),
-        linger_seconds=_linger_seconds(options),
+        batch_tokens=batch_tokens(options, part),
+        linger_seconds=linger_seconds(options, part),
         kept=KeptSamples(options.keep_bytes, options.keep_disk_bytes),
         keep_graphs=options.keep_graphs,
     )
@@ -316,11 +174,3 @@ def _security(options: argparse.Namespace, tokens: list[bytes]) -> HostSecurity:
         client_ca=options.client_ca.read_bytes() if options.client_ca else None,
         verifier=StaticTokens(tokens) if tokens else None,
     )
-
-
-def _load(name: str, dtype: str, device: str) -> LanguagePart:
-    import torch
-
-    from fednano.models.load import load_language
-
-    return load_language(name, dtype=getattr(torch, dtype), device=device)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "repeated_blocks"]
 
 
 _HERE = threading.local()
@@ -27,7 +27,7 @@ class Blocks:
     """
 
     def __init__(self, decoder: nn.Module, *, compiled: bool = False) -> None:
-        self._blocks = _repeated(decoder)
+        self._blocks = repeated_blocks(decoder)
         if compiled and self._blocks:
             # One graph serves all blocks; variants arise from one sample or several, with and without gradients.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
@@ -72,7 +72,8 @@ class _Forward:
         return self.plain(*args, **kwargs)
 
 
-def _repeated(decoder: nn.Module) -> list[nn.Module]:
+def repeated_blocks(decoder: nn.Module) -> list[nn.Module]:
+    """The list of equal modules that holds most of a decoder's parameters; empty if there is none."""
     found: list[nn.Module] = []
     most = 0
     for module in decoder.modules():

@@ -85,7 +85,9 @@ class Generation:
                 use_cache=True,
             )
         self._cache = out.past_key_values
-        chosen = llm.part.head(out.last_hidden_state[:, -1]).float().argmax(-1).cpu()  # (B,)
+        head = llm.part.head
+        last = out.last_hidden_state[:, -1].to(next(head.parameters()).device)  # (B, d)
+        chosen = head(last).float().argmax(-1).cpu()  # (B,)
         chosen = torch.where(self._ended, llm.part.pad_token_id, chosen)
         self.tokens[:, self._step] = chosen
         self._step += 1

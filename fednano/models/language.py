@@ -142,6 +142,12 @@ class LanguagePart:
     pad_token_id: int
     fingerprint: str
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the weights lie, each device once."""
+        weights = (*self.decoder.parameters(), *self.head.parameters())
+        return list(dict.fromkeys(weight.device for weight in weights))
+
 
 class LocalLLM:
     """A `LanguageModel` in this process. Safe to call from several threads at once.

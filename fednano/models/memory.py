@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Cost", "DeviceMemory", "Memory", "Part", "plan", "smaller"]
+__all__ = ["Cost", "DeviceMemory", "Memory", "Part", "PipelineMemory", "plan", "smaller"]
 
 _MARGIN = 0.92
 """Share of the free memory that is planned with; the rest is for what fragments."""
@@ -63,6 +63,33 @@ class DeviceMemory:
     def taken(self) -> int:
         """See `Memory.taken`."""
         return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class PipelineMemory:
+    """The memory of several CUDA devices over which a model lies: that of the fullest counts.
+
+    Args:
+        devices: which.
+        limit: most bytes on each, see `DeviceMemory`.
+        passes: how many are under way at one time; each may take its part of what is free.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], limit: int | None = None, *, passes: int = 1) -> None:
+        self._parts = [DeviceMemory(device, limit) for device in devices]
+        self._passes = passes
+
+    def free(self) -> int:
+        """See `Memory.free`."""
+        return min(part.free() for part in self._parts) // self._passes
+
+    def start(self) -> None:
+        """See `Memory.start`."""
+        for part in self._parts:
+            part.start()
+
+    def taken(self) -> int:
+        """See `Memory.taken`."""
+        return max(part.taken() for part in self._parts)
 
 
 @dataclass(frozen=True)

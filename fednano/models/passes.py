@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fednano.adapters.fused import kernels_for
 from fednano.models.blocks import Blocks
 from fednano.models.layout import Layout, lay_out
-from fednano.models.memory import Cost, DeviceMemory, Memory, Part, plan, smaller
+from fednano.models.memory import Cost, Memory, Part, PipelineMemory, plan, smaller
 
 if TYPE_CHECKING:
     from fednano.models.language import LanguagePart
@@ -42,8 +42,9 @@ class Passes:
     def __init__(self, part: LanguagePart, *, compiled: bool = False, memory: Memory | None = None) -> None:
         weight = next(part.decoder.parameters())
         self._part, self.device, self.dtype = part, weight.device, weight.dtype
+        self._head_device = next(part.head.parameters()).device
         if memory is None and self.device.type == "cuda":
-            memory = DeviceMemory(self.device)
+            memory = PipelineMemory(part.devices)
         self._memory = memory
         self._cost: Cost | None = None
         self._blocks = Blocks(part.decoder, compiled=compiled)
@@ -123,7 +124,8 @@ class Passes:
         rows = embeds.detach()[part.rows].requires_grad_(want_gradient)
         with torch.set_grad_enabled(want_gradient):
             losses = self._losses(rows, layout, objective, part.checkpoints)
-            return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
+            gradient = torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
+            return losses.detach().to(self.device), gradient
 
     def logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Logits at every labelled token, as a graph over the embeddings; for a batch that fits into memory whole.
@@ -138,14 +140,15 @@ class Passes:
         """
         layout = lay_out(mask, labels)
         found: Tensor = self._part.head(self.states(embeds, layout))
-        targets = layout.targets.to(self.device, non_blocking=True)
+        targets = layout.targets.to(found.device, non_blocking=True)
         return found, targets, layout.counts
 
     def _losses(self, embeds: Tensor, layout: Layout, objective: str, checkpoints: int) -> Tensor:
         """Losses ``(B,)`` on the model's device, as a graph over ``embeds`` ``(B, T, d)``."""
-        targets = layout.targets.to(self.device, non_blocking=True)
         hidden = self.states(embeds, layout, checkpoints)
-        return sample_losses(self._part.head, hidden, targets, layout.counts, objective)
+        targets = layout.targets.to(hidden.device, non_blocking=True)
+        with current(hidden.device):
+            return sample_losses(self._part.head, hidden, targets, layout.counts, objective)
 
     def states(self, embeds: Tensor, layout: Layout, checkpoints: int = 0) -> Tensor:
         """Hidden states ``(N, d)`` that predict the layout's labels, as a graph over ``embeds`` ``(B, T, d)``."""
@@ -157,7 +160,12 @@ class Passes:
                 inputs_embeds=x, attention_mask=None, position_ids=positions, use_cache=False
             )
         hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, chosen)
-        return hidden
+        return hidden.to(self._head_device)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the ``with`` block kernels are launched on ``device``, as Triton's need it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def sample_losses(

@@ -1,0 +1,86 @@
+"""A host's model, as its options ask for it: loaded, placed on its devices, ready to compute."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from fednano.errors import ConfigError
+from fednano.models.language import LanguagePart, LocalLLM
+from fednano.models.memory import PipelineMemory
+
+__all__ = ["Loader", "batch_tokens", "linger_seconds", "load_part", "make_model"]
+
+Loader: TypeAlias = Callable[[str, str, str], LanguagePart]
+"""Loads the language part from a model's name, a dtype's name and a device."""
+
+
+def load_part(options: argparse.Namespace, load: Loader | None = None) -> LanguagePart:
+    """The language part on its devices.
+
+    Args:
+        options: of the command line.
+        load: loads the model onto one device; ``None`` takes `fednano.models.load.load_language`.
+
+    Raises:
+        ConfigError: options that do not go together.
+        ModelError: the model cannot be loaded or divided.
+    """
+    load = load or _load
+    if not options.device_map:
+        return load(options.model, options.dtype, options.device)
+    from fednano.models.placing import parse_device_map, spread
+
+    if options.device != "cpu":
+        raise ConfigError("--device and --device-map exclude each other: leave --device out")
+    if options.compile:
+        raise ConfigError("--compile goes with one device: leave out --device-map, or --compile")
+    devices, shares = parse_device_map(options.device_map)
+    return spread(load(options.model, options.dtype, "cpu"), devices, shares)
+
+
+def make_model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:
+    """The model, ready to compute: a host that says it serves answers its first step as fast as its hundredth.
+
+    Raises:
+        ConfigError: a memory limit without a GPU.
+    """
+    gpu, memory = _on_gpu(part), None
+    if options.memory_gb is not None and (not gpu or not options.memory_gb > 0):
+        raise ConfigError(
+            f"--memory-gb: got {options.memory_gb:g} on {part.devices[0]}; expected a number above 0, on a GPU"
+        )
+    if gpu:
+        limit = None if options.memory_gb is None else int(options.memory_gb * 1e9)
+        memory = PipelineMemory(part.devices, limit, passes=options.workers)
+    llm = LocalLLM(part, compiled=options.compile, memory=memory)
+    if options.compile or gpu:
+        llm.passes.warm_up()
+    return llm
+
+
+def batch_tokens(options: argparse.Namespace, part: LanguagePart) -> int:
+    """What was asked, or a default for the device: on a CPU the passes of small batches gain nothing."""
+    if options.batch_tokens is not None:
+        return int(options.batch_tokens)
+    return 8192 if _on_gpu(part) else 0
+
+
+def linger_seconds(options: argparse.Namespace, part: LanguagePart) -> float:
+    """Likewise, in seconds."""
+    if options.linger_ms is not None:
+        return float(options.linger_ms) / 1000
+    return 0.01 if _on_gpu(part) else 0.0
+
+
+def _on_gpu(part: LanguagePart) -> bool:
+    return part.devices[0].type == "cuda"
+
+
+def _load(name: str, dtype: str, device: str) -> LanguagePart:
+    from fednano.models.load import load_language
+
+    return load_language(name, dtype=getattr(torch, dtype), device=device)
