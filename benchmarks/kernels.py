@@ -32,7 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from fednano_kernels import _tuning
 
-    from benchmarks import kernels_adapters, kernels_lora, kernels_losses, kernels_sparse, kernels_timing
+    from benchmarks import (
+        kernels_adapters,
+        kernels_lora,
+        kernels_losses,
+        kernels_sparse,
+        kernels_step,
+        kernels_timing,
+    )
     from benchmarks.kernels_report import Report
     from benchmarks.results import write_results
 
@@ -59,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         "linear_token_loss": kernels_losses.loss_cases,
         "flat_adamw": kernels_losses.adamw_cases,
         "scatter_seeded": kernels_sparse.sparse_cases,
+        "client_step": kernels_step.step_cases,
     }
     for name, case in cases.items():
         if any(part in name for part in options.only.split(",")):
