@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors"},
     "evaluation": {"errors"},
     "runs": {"errors", "adapters", "data", "evaluation"},
+    "dashboard": {"errors", "runs"},
     "models": {"errors", "adapters", "training.objectives"},
     "security": {"errors", "runs.atomic"},
     "host": {"errors", "models", "security", "training.objectives"},
@@ -55,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "deploy": {"errors", "federation", "host", "runs", "security"},
     "cli": {
+        "dashboard",
         "privacy",
         "errors",
         "deploy",

@@ -13,6 +13,7 @@ from fednano import __version__
 from fednano.cli.audit import app as audit_app
 from fednano.cli.bench import app as bench_app
 from fednano.cli.compare import compare
+from fednano.cli.dashboard import dashboard
 from fednano.cli.deploy import app as deploy_app
 from fednano.cli.doctor import doctor
 from fednano.cli.evaluate import app as evaluate_app
@@ -43,6 +44,7 @@ app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(unlearn_app, name="unlearn")
 app.command()(compare)
+app.command()(dashboard)
 app.command()(doctor)
 app.command()(init)
 

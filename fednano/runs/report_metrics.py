@@ -53,6 +53,7 @@ class Metrics:
         clients: the clients of the main phase, by name.
         refused: (phase, round, client, reason) of each refused update.
         client_rounds: client of the main phase -> round -> training loss, None where its update was refused.
+        round_planes: phase -> round -> plane -> bytes.
         judged: phase -> test questions behind (a round's accuracy, the final accuracy), None where not told.
     """
 
@@ -66,6 +67,7 @@ class Metrics:
     clients: list[Client] = field(default_factory=list)
     refused: list[tuple[str, int, str, str]] = field(default_factory=list)
     client_rounds: dict[str, dict[int, float | None]] = field(default_factory=dict)
+    round_planes: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
     judged: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     @property
@@ -113,6 +115,10 @@ def read_metrics(rows: list[dict[str, Any]]) -> Metrics:
         own = [row for row in records if row["phase"] == phase]
         _client_losses(found, phase, own)
         found.planes[phase] = _plane_totals(own)
+        by_round: dict[int, list[dict[str, Any]]] = {}
+        for row in own:
+            by_round.setdefault(int(row["round"]), []).append(row)
+        found.round_planes[phase] = {n: sent for n, rows in by_round.items() if (sent := _plane_totals(rows))}
     own = [row for row in records if row["phase"] == found.main and row["scope"] == "client"]
     found.clients = _clients(own)
     names = sorted({str(row["client"]) for row in own}, key=natural_key)
