@@ -46,6 +46,7 @@ class Bench:
     Attributes:
         shape: sizes.
         seconds: of a measured load.
+        overload_seconds: of the overload.
         end: time at which no section is begun any more.
         path: of the results file.
         drivers: processes that play the clients.
@@ -54,6 +55,7 @@ class Bench:
 
     shape: Shape
     seconds: float
+    overload_seconds: float
     end: float
     path: Path
     drivers: Drivers
@@ -65,6 +67,7 @@ class Bench:
         self.model = host_model.build(self.shape)
         self.part = host_model.part_of(self.model)
         self.llm = LocalLLM(self.part)
+        self.llm.passes.warm_up()
         self.token = new_token()
         with tempfile.TemporaryDirectory() as folder:
             self.key, self.certificate = host_faults.self_signed(Path(folder))
@@ -118,32 +121,37 @@ class Bench:
 def passes(bench: Bench) -> None:
     """Passes in this process: short and long, few and many samples; and within a budget of memory."""
     short, middle, long = bench.shape.lengths
-    bench.llm.passes.warm_up()
     for samples, length in ((1, short), (8, short), (8, middle), (1, long), (8, long), (16, long)):
-        bench.add(host_model.host_pass(bench.model, bench.llm, bench.shape, samples, length, bench.engine))
+        bench.add(_pass(bench, bench.llm, samples, length, bench.engine))
     if DEVICE.type == "cuda":
+        for samples, length in ((1, short), (16, long)):
+            bench.add(*host_model.kernels_of(bench.llm, bench.shape, samples, length, bench.engine))
         budget = LocalLLM(bench.part, memory=DeviceMemory(DEVICE, int(bench.shape.budget_gb * 0.98e9)))
         budget.passes.warm_up()
-        name = f"{bench.engine}, within {bench.shape.budget_gb:g} GB"
-        bench.add(host_model.host_pass(bench.model, budget, bench.shape, 8, long, name))
+        bench.add(_pass(bench, budget, 8, long, f"{bench.engine}, within {bench.shape.budget_gb:g} GB"))
+
+
+def _pass(bench: Bench, llm: LocalLLM, samples: int, length: int, name: str) -> dict[str, Any]:
+    return host_model.host_pass(bench.model, llm, bench.shape, samples, length, name, bench.seconds)
 
 
 def eager(bench: Bench) -> None:
     """The same batches by transformers alone."""
     for samples in (1, 4, 8, 16):
-        bench.add(host_model.eager_pass(bench.model, bench.shape, samples, bench.shape.lengths[2]))
+        bench.add(
+            host_model.eager_pass(bench.model, bench.shape, samples, bench.shape.lengths[2], bench.seconds)
+        )
         host_model.settle()
 
 
 def clients(bench: Bench) -> None:
     """Throughput against clients and lengths; and eight clients one at a time."""
-    counts = bench.shape.clients if bench.engine == "plain" else (1, 8, 64)
     with bench.serve(batch=False) as host:
         for length in bench.shape.lengths:
             _drive(bench, host, bench.load(host, 8, length), "one at a time")
     with bench.serve() as host:
         for length in bench.shape.lengths:
-            for count in counts:
+            for count in bench.shape.clients:
                 _drive(bench, host, bench.load(host, count, length), "together")
 
 
@@ -170,9 +178,7 @@ def whole_path(bench: Bench) -> None:
     for length in (bench.shape.lengths[2], bench.shape.lengths[0]):
         with bench.serve() as host:
             for turn in range(2):
-                one = host_model.host_pass(
-                    bench.model, bench.llm, bench.shape, 8, length, f"{bench.engine}, beside the path"
-                )
+                one = _pass(bench, bench.llm, 8, length, f"{bench.engine}, beside the path")
                 load = replace(bench.load(host, 8, length), seconds=2 * bench.seconds)
                 driven = bench.drivers.run(load)
                 bench.add(
@@ -217,8 +223,7 @@ def faults(bench: Bench) -> None:
         row = host_faults.out_of_memory(host, bench.drivers, *common, load)
         if row is not None:
             bench.add(row)
-    seconds = max(min(24 * bench.seconds, bench.end - time.monotonic() - 15), 3.0)
-    bench.add(host_faults.overload(bench.serve, bench.drivers, *common, bench.load, seconds))
+    bench.add(host_faults.overload(bench.serve, bench.drivers, *common, bench.load, bench.overload_seconds))
 
 
 def compiled(bench: Bench) -> None:
@@ -229,9 +234,14 @@ def compiled(bench: Bench) -> None:
     bench.llm.passes.warm_up()
     bench.add({"section": "compile", "seconds": time.monotonic() - began})
     passes(bench)
-    if bench.end - time.monotonic() > 45 or DEVICE.type == "cpu":
-        whole_path(bench)
-        clients(bench)
+    if bench.end - time.monotonic() < 60 and DEVICE.type != "cpu":
+        return
+    whole_path(bench)
+    short, _, long = bench.shape.lengths
+    with bench.serve() as host:
+        for length in (short, long):
+            for count in (1, 8, 64):
+                _drive(bench, host, bench.load(host, count, length), "together")
 
 
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
@@ -243,8 +253,9 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "wire": (wire, 20),
     "right": (right, 25),
     "client": (client, 20),
-    "compiled": (compiled, 90),
-    "faults": (faults, 60),
+    "faults": (faults, 100),
+    # Last, because blocks that were compiled stay so for all that comes after.
+    "compiled": (compiled, 100),
 }
 
 
@@ -256,6 +267,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a small model, for any machine")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no section that would end later")
     parser.add_argument("--seconds", type=float, help="of each measured load (2.5; 0.5 with --tiny)")
+    parser.add_argument("--overload", type=float, help="seconds of the overload (60; 6 with --tiny)")
+    parser.add_argument("--clients", type=int, nargs="+", help="numbers of clients (1 2 4 8 16 32 64)")
     parser.add_argument("--processes", type=int, default=8, help="that play the clients")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--skip", nargs="+", choices=SECTIONS, default=[])
@@ -267,9 +280,11 @@ def main() -> int:
     start = time.monotonic()
     torch.set_num_threads(1 if DEVICE.type == "cpu" else 4)
     with Drivers(2 if options.tiny else options.processes) as drivers:
+        shape = host_model.TINY if options.tiny else host_model.FULL
         bench = Bench(
-            host_model.TINY if options.tiny else host_model.FULL,
+            replace(shape, clients=tuple(options.clients)) if options.clients else shape,
             options.seconds or (0.5 if options.tiny else 2.5),
+            options.overload or (6.0 if options.tiny else 60.0),
             start + 60 * options.minutes,
             options.json,
             drivers,

@@ -149,13 +149,19 @@ def out_of_memory(
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(max(free - int(1.2e9), 0), dtype=torch.uint8, device=DEVICE)
     hard = replace(load, lengths=(shape.lengths[2],) * 8, samples=2, seconds=4.0, steps=1, retry_seconds=1.0)
-    during, found_during = checked(drivers, llm, shape, hard)
-    del ballast
-    host_model.settle()
-    after, found = checked(drivers, llm, shape, replace(load, lengths=(shape.lengths[2],) * 4, seconds=1.0))
+    with tempfile.TemporaryDirectory() as folder:
+        hard = replace(hard, keep_gradients=folder)
+        during = drivers.run(hard)
+        del ballast
+        host_model.settle()
+        # Compared with passes that had all the memory: parts and checkpoints must not change a gradient.
+        found = differences(llm, shape, hard, Path(folder))
+    after, found_after = checked(
+        drivers, llm, shape, replace(load, lengths=(shape.lengths[2],) * 4, seconds=1.0)
+    )
+    found += found_after
     still = quiet(host)
     host_model.settle()
-    found += found_during
     return {
         "section": "fault",
         "name": "1.2 GB free beside the model",
@@ -165,6 +171,8 @@ def out_of_memory(
         "compared": len(found),
         "wrong": sum(not value < WRONG for value in found),
         "refused_busy": host.stats().get("refused_busy", 0),
+        "largest_difference": max(found, default=0.0),
+        "batches_split": host.stats().get("batches_split", 0),
         "memory_over_base": host_model.allocated() / base if base else 1.0,
         "notes": [*during.errors[:2], *after.errors[:2]],
     }

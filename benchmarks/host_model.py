@@ -180,7 +180,7 @@ def timed(work: Any, *, seconds: float = 2.0) -> float:
     return statistics.median(spent)
 
 
-def eager_pass(model: Any, shape: Shape, samples: int, length: int) -> dict[str, Any]:
+def eager_pass(model: Any, shape: Shape, samples: int, length: int, seconds: float = 2.0) -> dict[str, Any]:
     """Forward and backward to the embeddings by transformers alone: all logits, mean loss."""
     embeds, _, labels = inputs(shape, samples, length, length)
     targets = labels.to(DEVICE)
@@ -191,11 +191,11 @@ def eager_pass(model: Any, shape: Shape, samples: int, length: int) -> dict[str,
         loss = model(inputs_embeds=x, labels=targets, use_cache=False).loss
         torch.autograd.grad(loss, x)
 
-    return row(model, "transformers, eager", samples, length, timed(work))
+    return row(model, "transformers, eager", samples, length, timed(work, seconds=seconds))
 
 
 def host_pass(
-    model: Any, llm: LocalLLM, shape: Shape, samples: int, length: int, name: str
+    model: Any, llm: LocalLLM, shape: Shape, samples: int, length: int, name: str, seconds: float = 2.0
 ) -> dict[str, Any]:
     """The host's own pass over the same batch."""
     embeds, mask, labels = inputs(shape, samples, length, length)
@@ -204,7 +204,30 @@ def host_pass(
     def work() -> None:
         llm.passes.compute(embeds, mask, labels, "cross_entropy", True)
 
-    return row(model, name, samples, length, timed(work))
+    return row(model, name, samples, length, timed(work, seconds=seconds))
+
+
+def kernels_of(
+    llm: LocalLLM, shape: Shape, samples: int, length: int, engine: str, most: int = 10
+) -> list[dict[str, Any]]:
+    """Where the GPU's time goes in one pass: its longest kernels, all others, and the whole pass under watch."""
+    embeds, mask, labels = inputs(shape, samples, length, length)
+    llm.passes.compute(embeds, mask, labels, "cross_entropy", True)
+    wait()
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:
+        llm.passes.compute(embeds, mask, labels, "cross_entropy", True)
+        wait()
+    whole = time.perf_counter() - began
+    found = sorted(watched.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    parts = [(kernel.key[:80], kernel.self_device_time_total / 1e3, kernel.count) for kernel in found]
+    rest = parts[most:]
+    parts = [*parts[:most], ("all others", sum(part[1] for part in rest), sum(part[2] for part in rest))]
+    common = {"section": "kernels", "engine": engine, "samples": samples, "tokens": length}
+    return [
+        {**common, "kernel": name, "milliseconds": spent, "calls": calls}
+        for name, spent, calls in (*parts, ("the pass, watched", 1e3 * whole, 1))
+    ]
 
 
 def row(model: Any, name: str, samples: int, length: int, seconds: float) -> dict[str, Any]:

@@ -59,10 +59,11 @@ class FactoredBatch:
         return ids
 
     def embeds(self) -> Tensor:
-        """``(B, T, d)`` the adapted embeddings, whole."""
+        """``(B, T, d)`` the adapted embeddings, whole, in the type of ``raw``."""
         whole = self.raw
         for stream in self.streams:
-            rows = whole[stream.where] + stream.z @ stream.up
+            # Adapters may compute in a wider type than the frozen parts have.
+            rows = (whole[stream.where] + stream.z @ stream.up).to(whole.dtype)
             whole = whole.masked_scatter(stream.where.unsqueeze(-1), rows)
         return whole
 

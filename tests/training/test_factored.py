@@ -16,7 +16,7 @@ from fednano.errors import ConfigError, HostRefused
 from fednano.host import HostSecurity, RemoteLLM, RunningHost, StaticTokens, serve
 from fednano.host.kept import KeptSample, KeptSamples
 from fednano.models.edge import EdgePart, NanoEdge
-from fednano.models.factored import FactoredModel
+from fednano.models.factored import FactoredBatch, FactoredModel, StreamFactors
 from fednano.models.language import LanguageModel, LocalLLM
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
@@ -72,6 +72,21 @@ def full_and_factored(
     torch.testing.assert_close(parts.embeds(), batch.embeds)
     losses = remote.factored_loss(parts)
     return expected, leaf_gradients(nano, losses, weights), whole.detach(), losses.detach()
+
+
+def test_frozen_parts_may_be_narrower_than_adapters() -> None:
+    """A batch beyond the host's limits goes as a full one: adapters in float32 on a model in bfloat16 too."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(2, 5, 8, generator=generator).bfloat16()
+    where = torch.tensor([[True, True, False, False, False], [False, False, True, False, False]])
+    z = torch.randn(3, 2, generator=generator).requires_grad_()
+    up = torch.randn(2, 8, generator=generator).requires_grad_()
+    mask, labels = torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.int64)
+    whole = FactoredBatch(raw, mask, labels, (StreamFactors(where, z, up),)).embeds()
+    expected = raw.clone()
+    expected[where] = (raw[where].float() + z @ up).bfloat16()
+    assert torch.equal(whole, expected)
+    assert all(part is not None for part in torch.autograd.grad(whole.float().sum(), (z, up)))
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
