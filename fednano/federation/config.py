@@ -20,6 +20,7 @@ from typing import Any
 from fednano.data.options import DataOptions
 from fednano.errors import ConfigError
 from fednano.federation.faults import parse_faults
+from fednano.tracking.registry import check_names
 
 __all__ = [
     "AUTO",
@@ -280,6 +281,11 @@ class RunConfig:
     # The run itself
     seed: int = _setting(0, "same seed, same bits")
     runs_dir: str = _setting("runs", "folder of the run folders")
+    track: str = _setting(
+        "",
+        "where the run's numbers go besides: 'tensorboard', 'mlflow', 'wandb', 'prometheus' (or "
+        "prometheus=HOST:PORT), or 'package.module:Class' of your own; several with commas",
+    )
     cache_dir: str = _setting("", "folder for encoder features; empty = one inside the run folder")
     resume: str = _setting("", "id or folder of a run to continue")
     start_from: str = _setting(
@@ -316,6 +322,7 @@ class RunConfig:
         parse_settings(self.rule_options, "rule-options")
         parse_settings(self.codec_options, "codec-options")
         self._check_data()
+        check_names(self.track)
         parse_faults(self.faults)
         names = self.stream_names
         if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):

@@ -46,12 +46,13 @@ from fednano.federation.specification import spec_of
 from fednano.federation.watching import judge_on_clients, mean_accuracy
 from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder, RunInfo, RunView, make_view
+from fednano.tracking import make_trackers, tracked
 
 __all__ = ["run_server", "spec_of"]
 
 ZERO_SHOT = "zero-shot"
 
-_NOT_REPEATED = ("runs-dir", "resume", "cache-dir", "host-address", "server-dir")
+_NOT_REPEATED = ("runs-dir", "track", "resume", "cache-dir", "host-address", "server-dir")
 _Error = TypeVar("_Error", FednanoError, Interrupted)
 
 
@@ -74,8 +75,11 @@ def run_server(
         Interrupted: ``stop`` was set; the run folder keeps what was done.
     """
     stop = stop or Stop()
-    view = view or make_view()
+    trackers = make_trackers(
+        config.track
+    )  # before there is a folder: one that is not installed is told at once
     folder, config = _open_folder(config)
+    view = tracked(view or make_view(), trackers, config.to_mapping())
     try:
         with ExitStack() as stack:
             stack.callback(folder.close)
@@ -122,7 +126,7 @@ def _open_folder(config: RunConfig) -> tuple[RunFolder, RunConfig]:
         folder = RunFolder.open(config.resume, root=config.runs_dir)
         check_no_commit(folder.path)
         before = config_of(folder)
-        given = {"resume": config.resume, "runs_dir": config.runs_dir, "host_address": config.host_address}
+        given = {name: getattr(config, name) for name in ("resume", "runs_dir", "host_address", "track")}
         # What decides the result comes from the run itself: a resumed run must end at the same bits.
         config = before.changed(**given)
     cache = config.cache_dir or str(folder.path / "cache")
