@@ -27,6 +27,7 @@ def verify(
     key: Annotated[str, typer.Option(help="The server's audit.pub, got by another way than the log.")] = "",
     name: Annotated[str, typer.Option(help="Name of the federation, with --log.")] = "",
     head: Annotated[str, typer.Option(help="Head of an earlier check, which the log must contain.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every line's hash and signature; prints the head. Exit code 6 if the log is not what was written."""
     from fednano.security.audit import AuditLog
@@ -44,6 +45,9 @@ def verify(
         audit = AuditLog(server / "audit.jsonl", place.federation)
         public = load_public(key) if key else place.audit_key
     entries = audit.verify(public, head)
+    if as_json:
+        typer.echo(json.dumps({"events": len(entries), "holds": True, "head": audit.head()}))
+        return
     typer.echo(f"{len(entries)} events, all signed and in order. Head: {audit.head()}")
 
 

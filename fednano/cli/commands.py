@@ -18,13 +18,13 @@ from fednano.cli.deploy import app as deploy_app
 from fednano.cli.doctor import doctor
 from fednano.cli.evaluate import app as evaluate_app
 from fednano.cli.init import init
+from fednano.cli.lists import adapters, strategies
 from fednano.cli.nodes import client_app, server_app
 from fednano.cli.nodes import run as run_command
 from fednano.cli.nodes import status as status_command
 from fednano.cli.options import settings_options
 from fednano.cli.privacy import app as privacy_app
 from fednano.cli.unlearn import app as unlearn_app
-from fednano.errors import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +47,8 @@ app.command()(compare)
 app.command()(dashboard)
 app.command()(doctor)
 app.command()(init)
+app.command()(adapters)
+app.command()(strategies)
 
 
 def _version(show: bool) -> None:
@@ -139,7 +141,7 @@ def export(
     from fednano.runs import RunFolder
 
     path = str(RunFolder.open(run, root=runs_dir).path)
-    from fednano.export import export_run
+    from fednano.exporting import export_run
 
     done = export_run(path, kind, out=out, rank=rank, runs_dir=Path(runs_dir))
     if as_json:
@@ -173,51 +175,3 @@ def report(
 
     path = str(render_report(RunFolder.open(run, root=runs_dir).path))
     typer.echo(json.dumps({"report": path}) if as_json else path)
-
-
-@app.command()
-def strategies(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
-) -> None:
-    """List the merge rules: what each is exact for, what it costs, what it composes with."""
-    from fednano.aggregation import rule_table
-
-    _table(rule_table(), as_json=as_json)
-
-
-@app.command()
-def adapters(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
-) -> None:
-    """List the adapters with their options."""
-    from fednano.adapters import create, names, options
-
-    rows = []
-    for name in names():
-        described = create(name)
-        doc = (type(described).__doc__ or "").strip().splitlines()[0]
-        rows.append(
-            {
-                "adapter": name,
-                "algebra": described.algebra.value,
-                "basis": described.basis.value,
-                "options": ", ".join(f"{key}={value!r}" for key, value in options(name).items()),
-                "what": doc,
-            }
-        )
-    _table(rows, as_json=as_json)
-
-
-def _table(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1, default=str))
-        return
-    if not rows:
-        raise ConfigError("there is nothing to list.")
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)

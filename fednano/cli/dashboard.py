@@ -28,7 +28,7 @@ def dashboard(
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
 ) -> None:
     """Serve a web page that shows the runs of a folder as they go on, until Ctrl-C."""
-    from fednano.dashboard import dashboard as serve
+    from fednano.board import dashboard as serve
 
     def ready(url: str) -> None:
         typer.echo(json.dumps({"url": url, "runs": runs_dir}) if as_json else f"{url}  (Ctrl-C ends it)")

@@ -19,21 +19,27 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Option("--federation", help="Folder that `deploy init` made.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _HERE = Path("federation")
 
 
+def _say(as_json: bool, value: dict[str, Any], *lines: str) -> None:
+    typer.echo(json.dumps(value) if as_json else "\n".join(lines))
+
+
 @app.command()
-def example() -> None:
+def example(as_json: AsJson = False) -> None:
     """Print a federation.toml to start from."""
     from fednano.deploy.plan import EXAMPLE
 
-    typer.echo(EXAMPLE, nl=False)
+    typer.echo(json.dumps({"federation.toml": EXAMPLE}) if as_json else EXAMPLE, nl=as_json)
 
 
 @app.command()
 def init(
     plan: Annotated[Path, typer.Argument(help="The federation.toml.")],
     federation: Folder = _HERE,
+    as_json: AsJson = False,
 ) -> None:
     """Make authority, server certificate, signing keys, and an invitation for each site."""
     from fednano.deploy.plan import Plan
@@ -41,22 +47,28 @@ def init(
 
     read = Plan.read(plan)
     make(read, federation)
-    typer.echo(f"{federation / 'server'}: for the server machine (it holds the server's private keys)")
-    typer.echo(f"{federation / 'authority'}: signs certificates; keep it offline where you can")
-    for site in read.sites:
-        path = federation / "invitations" / f"{site}.invitation.json"
-        typer.echo(f"{path}: send to {site} by a way that only {site} can read")
+    server, authority = federation / "server", federation / "authority"
+    letters = {site: str(federation / "invitations" / f"{site}.invitation.json") for site in read.sites}
+    _say(
+        as_json,
+        {"server": str(server), "authority": str(authority), "invitations": letters},
+        f"{server}: for the server machine (it holds the server's private keys)",
+        f"{authority}: signs certificates; keep it offline where you can",
+        *(f"{path}: send to {site} by a way that only {site} can read" for site, path in letters.items()),
+    )
 
 
 @app.command()
 def invite(
     site: Annotated[str, typer.Argument(help="Name of the site.")],
     federation: Folder = _HERE,
+    as_json: AsJson = False,
 ) -> None:
     """Invite a further site, or one that lost its keys or was revoked."""
     from fednano.deploy.provision import invite as make
 
-    typer.echo(make(federation, site))
+    path = str(make(federation, site))
+    _say(as_json, {"site": site, "invitation": path}, path)
 
 
 @app.command()
@@ -67,60 +79,73 @@ def enroll(
     partition: Annotated[
         str, typer.Option(help="K/N instead of data: part K (from 0) of N of a public data set, to rehearse.")
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """At the site: make keys and a request for the operator; then take in the certificate that comes back."""
     from fednano.deploy.enrolment import enroll as make
 
     done = make(given, bundle, _node_config(data, partition))
-    if done == bundle:
-        typer.echo(f"{bundle} is complete. Start with: fednano client up --bundle {bundle}")
-    else:
-        typer.echo(f"{done}: send to the operator, who answers with a signed file")
+    whole = done == bundle
+    ready = f"{bundle} is complete. Start with: fednano client up --bundle {bundle}"
+    _say(
+        as_json,
+        {"bundle": str(bundle), "complete": whole, "request": None if whole else str(done)},
+        ready if whole else f"{done}: send to the operator, who answers with a signed file",
+    )
 
 
 @app.command()
 def sign(
     request: Annotated[Path, typer.Argument(help="A site's request.")],
     federation: Folder = _HERE,
+    as_json: AsJson = False,
 ) -> None:
     """At the operator: check a site's request and certify its key."""
     from fednano.deploy.provision import sign as make
 
-    typer.echo(f"{make(federation, request)}: send back to the site")
+    signed = str(make(federation, request))
+    _say(as_json, {"signed": signed}, f"{signed}: send back to the site")
 
 
 @app.command()
 def renew(
     federation: Folder = _HERE,
     bundle: Annotated[Path | None, typer.Option(help="At a site: its bundle.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """New TLS key and certificate: of the server, or with --bundle of a site (then a request for the operator)."""
     from fednano.deploy.enrolment import renew_site
     from fednano.deploy.provision import renew_server
 
     if bundle is not None:
-        typer.echo(f"{renew_site(bundle)}: send to the operator, who answers with a signed file")
+        request = str(renew_site(bundle))
+        _say(
+            as_json, {"request": request}, f"{request}: send to the operator, who answers with a signed file"
+        )
         return
     renew_server(federation)
-    typer.echo(f"{federation / 'server' / 'server.crt'}: counts when `fednano server up` is started anew")
+    path = str(federation / "server" / "server.crt")
+    _say(as_json, {"certificate": path}, f"{path}: counts when `fednano server up` is started anew")
 
 
 @app.command()
 def revoke(
     site: Annotated[str, typer.Argument(help="Name of the site.")],
     federation: Folder = _HERE,
+    as_json: AsJson = False,
 ) -> None:
     """Shut a site out, at once: its certificates, tokens and node key are worth nothing any more."""
     from fednano.deploy.provision import revoke as shut
 
     shut(federation, site)
-    typer.echo(f"{site} is revoked. If it may come back, with new keys: fednano deploy invite {site}")
+    back = f"{site} is revoked. If it may come back, with new keys: fednano deploy invite {site}"
+    _say(as_json, {"site": site, "state": "revoked"}, back)
 
 
 @app.command()
 def sites(
     federation: Folder = _HERE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the sites, whether they are enrolled, and until when their certificates hold."""
     from fednano.security.place import ServerPlace
@@ -158,15 +183,21 @@ def render(
     plan: Annotated[Path, typer.Argument(help="The federation.toml.")] = Path("federation.toml"),
     federation: Folder = _HERE,
     out: Annotated[Path | None, typer.Option(help="Folder to write; printed without it.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write unit files that start the server and the sites with the machine."""
     from fednano.deploy.plan import Plan
     from fednano.deploy.render import render as make
 
-    for name, text in make(Plan.read(plan), kind, federation).items():
-        if out is None:
-            typer.echo(f"# {name}\n{text}")
-            continue
+    files = make(Plan.read(plan), kind, federation)
+    if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text)
-        typer.echo(out / name)
+        for name, text in files.items():
+            (out / name).write_text(text)
+    if as_json:
+        typer.echo(
+            json.dumps({str(out / name) if out else name: text for name, text in files.items()}, indent=1)
+        )
+        return
+    for name, text in files.items():
+        typer.echo(f"# {name}\n{text}" if out is None else out / name)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fednano.errors import ConfigError
-from fednano.runs.progress import RunInfo, RunView
-from fednano.tracking.protocol import Tracker
 
 if TYPE_CHECKING:
+    from fednano.runs.progress import RunInfo, RunView
     from fednano.runs.summary import Summary
+    from fednano.tracking.protocol import Tracker
 
 __all__ = ["TrackedView", "tracked"]
 

@@ -21,11 +21,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from starlette.types import ASGIApp, Message, Scope
 from watched_runs import CLIENTS, ROUNDS, client_row, round_rows, served, write_run
 
-from fednano.dashboard import dashboard
-from fednano.dashboard.app import make_app
-from fednano.dashboard.load import HostLoad
-from fednano.dashboard.logs import Tail
-from fednano.dashboard.observer import Observer
+from fednano.board import dashboard
+from fednano.board.app import make_app
+from fednano.board.load import HostLoad
+from fednano.board.logs import Tail
+from fednano.board.observer import Observer
 from fednano.errors import ConfigError
 from fednano.runs import RunFolder
 from fednano.runs.report_metrics import read_metrics
@@ -216,7 +216,7 @@ class TestServer:
     def test_the_page_loads_nothing_from_elsewhere(self) -> None:
         from importlib.resources import files
 
-        for asset in (files("fednano.dashboard") / "assets").iterdir():
+        for asset in (files("fednano.board") / "assets").iterdir():
             text = asset.read_text()
             for word in ("https://", "http://", "//cdn", "innerHTML", "eval(", "@import"):
                 assert word not in text.replace("http://www.w3.org/2000/svg", ""), (asset.name, word)

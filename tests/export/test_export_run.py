@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from fednano.errors import ConfigError, ModelError, RunError
-from fednano.export import FORMATS, export_run
+from fednano.exporting import FORMATS, export_run
 from fednano.federation.config import RunConfig
 from fednano.federation.model import build_edge
 from fednano.models.edge import NanoEdge

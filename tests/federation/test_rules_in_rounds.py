@@ -179,7 +179,7 @@ def test_residuals_act_like_the_adapter_they_replace(laboratory: Any) -> None:
 
 def test_flora_starts_afresh_and_its_run_can_be_asked(run: Any) -> None:
     from fednano.errors import ConfigError
-    from fednano.export import export_run
+    from fednano.exporting import export_run
     from fednano.federation.answer import answer
     from fednano.runs import RunFolder
 

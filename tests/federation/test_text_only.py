@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fednano.errors import ModelError
-from fednano.export import export_run
+from fednano.exporting import export_run
 from fednano.federation.config import RunConfig
 from fednano.federation.simulation import simulate
 from fednano.models.files import find_model

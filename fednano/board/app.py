@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fednano.dashboard.load import HostLoad
-from fednano.dashboard.observer import Observer
+from fednano.board.load import HostLoad
+from fednano.board.observer import Observer
 
 __all__ = ["make_app"]
 
@@ -114,7 +114,7 @@ def make_app(observer: Observer, load: HostLoad | None = None, *, hosts: list[st
 
 @functools.cache
 def _asset(name: str) -> bytes:
-    return (files("fednano.dashboard") / "assets" / name).read_bytes()
+    return (files("fednano.board") / "assets" / name).read_bytes()
 
 
 def _json(value: Mapping[str, object]) -> Response:

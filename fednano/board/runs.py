@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fednano.dashboard.logs import Tail, read_object
+from fednano.board.logs import Tail, read_object
 from fednano.errors import RunError
 from fednano.runs.metrics import check_metrics
 from fednano.runs.report_metrics import MAIN, Metrics, read_metrics

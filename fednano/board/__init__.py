@@ -4,6 +4,6 @@ Reads what runs leave on disk and nothing else, so it sees runs of other process
 disturb one. Loads no torch.
 """
 
-from fednano.dashboard.serve import dashboard
+from fednano.board.serve import dashboard
 
 __all__ = ["dashboard"]

@@ -12,8 +12,8 @@ import torch
 
 from fednano.adapters import ExportedSite, write_lora
 from fednano.errors import ConfigError, ModelError
-from fednano.export.bridge import changes
-from fednano.export.card import model_card
+from fednano.exporting.bridge import changes
+from fednano.exporting.card import model_card
 from fednano.federation.answer import tuned_edge
 from fednano.federation.enrolled import auditor_of
 from fednano.models.edge import NanoEdge

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fednano.dashboard.runs import Watched
+from fednano.board.runs import Watched
 
 __all__ = ["Observer"]
 

@@ -1,5 +1,5 @@
 """Take a tuned adapter elsewhere: a PEFT checkpoint, a merged model, or its own tensors."""
 
-from fednano.export.run import FORMATS, Export, export_run
+from fednano.exporting.run import FORMATS, Export, export_run
 
 __all__ = ["FORMATS", "Export", "export_run"]

@@ -36,9 +36,9 @@ def dashboard(
     """
     import uvicorn
 
-    from fednano.dashboard.app import make_app
-    from fednano.dashboard.load import HostLoad
-    from fednano.dashboard.observer import Observer
+    from fednano.board.app import make_app
+    from fednano.board.load import HostLoad
+    from fednano.board.observer import Observer
 
     root = Path(runs_dir)
     if root.exists() and not root.is_dir():
