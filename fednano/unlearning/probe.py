@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fednano.errors import ConfigError
 from fednano.models.edge import NanoEdge
@@ -79,21 +81,38 @@ def extraction_likelihoods(
         One number a sample, ``None`` where the answer has fewer than ``n`` tokens.
     """
     end = edge.edge.tokenizer.eos_token_id
-    result: list[float | None] = []
+    answers: list[tuple[int, ...]] = []
+    asked: list[_Continuation] = []
     for index in range(min(samples, len(data))):
         (prompt,), features = data.batch([index])
         answer = prompt.answer[:-1] if prompt.answer[-1:] == (end,) else prompt.answer
-        starts = _spread(len(answer) - n + 1, prefixes)
-        said: dict[int, Sequence[int]] = {}
-        for first in range(0, len(starts), batch_size):
-            part = starts[first : first + batch_size]
-            batch = edge(
-                [Prompt(prompt.ids + answer[:start], ()) for start in part], list(features) * len(part)
-            )
-            tokens = llm.generate(batch.embeds, batch.mask, len(answer) - part[0], edge.embed_new)
-            said.update(zip(part, tokens.tolist(), strict=True))
-        result.append(extraction_likelihood(answer, said, n=n))
-    return result
+        answers.append(tuple(answer))
+        asked += [
+            _Continuation(index, start, Prompt(prompt.ids + answer[:start], ()), features)
+            for start in _spread(len(answer) - n + 1, prefixes)
+        ]
+    said: list[dict[int, Sequence[int]]] = [{} for _ in answers]
+    # Together with those that go on for about as long: a call generates as many tokens for all of its rows.
+    asked.sort(key=lambda each: (each.start - len(answers[each.sample]), each.sample))
+    for first in range(0, len(asked), batch_size):
+        part = asked[first : first + batch_size]
+        batch = edge([each.prompt for each in part], [row for each in part for row in each.features])
+        longest = max(len(answers[each.sample]) - each.start for each in part)
+        for each, tokens in zip(
+            part, llm.generate(batch.embeds, batch.mask, longest, edge.embed_new).tolist(), strict=True
+        ):
+            said[each.sample][each.start] = tokens[: len(answers[each.sample]) - each.start]
+    return [extraction_likelihood(answer, own, n=n) for answer, own in zip(answers, said, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Continuation:
+    """A prefix of an answer that is to be gone on from; ``features`` are those of its sample's image."""
+
+    sample: int
+    start: int
+    prompt: Prompt
+    features: Sequence[Tensor | None]
 
 
 def _spread(available: int, count: int) -> list[int]:

@@ -2,6 +2,14 @@
 
 Two data sets: authors of TOFU, answered by stories260K behind a text adapter, and easy-VQA, answered by the embedded
 model. Sites are small and train long, so that they memorise: where nothing is memorised, nothing can be forgotten.
+
+- ``tofu``: the frozen language model has first read other authors of TOFU, so that it knows how such answers are
+  worded and none of the facts. One author is withdrawn. Utility: the answer probability on all retained questions.
+- ``easy-vqa``: beside ordinary questions, which the model answers by what it sees, each site has subjects: pictures
+  with a made-up profile of name, city, pet and job, which can only be memorised. Some subjects are withdrawn. Utility:
+  test questions of easy-VQA.
+
+Samples that nobody trains on, of the withdrawn kind, are the level that the stop rule asks for.
 The rounds are those of a run (`fednano.unlearning.retrain` repeats them bit for bit), the unlearning is the job's own
 runner, and afterwards training goes on without the samples for five more rounds.
 """
@@ -9,8 +17,9 @@ runner, and afterwards training goes on without the samples for five more rounds
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -25,15 +34,17 @@ from fednano.federation.model import build_edge, connect
 from fednano.runs import RunFolder
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
+from fednano.training.seeds import generator
 from fednano.unlearning.measure import Perturbed
 from fednano.unlearning.outcome import UnlearnOutcome, UnlearnRequest
 from fednano.unlearning.retrain import retrain
 from fednano.unlearning.runner import unlearn
 from fednano.unlearning.sites import Site
 from fednano.unlearning.workspace import Workspace
-from forgetting.stories import stories_tokenizer, write_model
+from forgetting.language import Asked, train
+from forgetting.stories import stories_model, stories_tokenizer, write_model
 
-__all__ = ["SETTINGS", "Setting", "base", "prepare", "reference", "unlearned"]
+__all__ = ["SETTINGS", "Federation", "Setting", "base", "prepare", "read_others", "reference", "unlearned"]
 
 SITES = 4
 LATER = 5
@@ -51,8 +62,8 @@ class Setting:
     Attributes:
         samples: a site's training samples.
         forget: how many of them the first site withdraws.
-        held: samples that a site judges by.
-        tests: questions that nobody trains on.
+        held: samples of the withdrawn kind that the owner judges by, and as many tests of easy-VQA as there are.
+        tests: test questions of easy-VQA.
         rounds: federated rounds.
         steps: a client's steps in each.
         batch: samples a step.
@@ -74,21 +85,78 @@ class Setting:
 
 
 SETTINGS = {
-    "tofu": Setting(12, 6, 2, 8, 8, 30, 8, 1e-2, 64, "text"),
-    "easy-vqa": Setting(48, 20, 8, 100, 8, 20, 16, 1e-2, 16, "image,text"),
+    "tofu": Setting(6, 3, 32, 0, 24, 10, 6, 1e-2, 64, "text"),
+    "easy-vqa": Setting(24, 4, 32, 100, 26, 10, 16, 1e-2, 64, "image,text"),
 }
+SUBJECTS = 8
+"""Of each site's samples of easy-VQA."""
+OTHERS = 2
+"""Samples that each site but the owner holds out."""
+READ, EPOCHS = 60, 4
+"""Other authors of TOFU that the language model has read, ten questions each, and how often."""
+_PROFILE = (
+    ("ada", "ben", "cora", "dan", "emma", "finn", "gina", "hugo", "iris", "jack"),
+    ("paris", "rome", "oslo", "cairo", "lima", "tokyo", "delhi", "boston"),
+    ("cat", "dog", "horse", "rabbit", "parrot", "turtle", "goat", "fish"),
+    ("doctor", "baker", "pilot", "teacher", "farmer", "nurse", "judge", "singer"),
+)
+_ASKED = "tell me the name, city, pet and job of the object"
 
 
-def prepare(work: Path, tofu: Path, stories: Path, seeds: list[int]) -> None:
-    """Write the model folder and, for each seed, both data folders; what is there stays."""
-    if not (work / "stories" / "config.json").exists():
-        write_model(work / "stories", stories)
+@dataclass(frozen=True)
+class Federation:
+    """One run that is tuned and then unlearnt from.
+
+    Attributes:
+        work: folder for data, models, runs.
+        name: data set, a key of `SETTINGS`.
+        seed: its seed.
+        rounds: of tuning; 0: those of the setting.
+    """
+
+    work: Path
+    name: str
+    seed: int
+    rounds: int = 0
+
+    @property
+    def setting(self) -> Setting:
+        """Of its data set."""
+        return SETTINGS[self.name]
+
+    @property
+    def data(self) -> Path:
+        """Its data folder."""
+        return self.work / "data" / f"{self.name}-{self.seed}"
+
+    @property
+    def run(self) -> Path:
+        """Its run folder."""
+        return self.work / "runs" / f"{self.name}-{self.seed}"
+
+
+def prepare(work: Path, tofu: Path, stories: Path, seeds: list[int], parts: Collection[str]) -> None:
+    """Write the data folders of each seed; what is there stays."""
     tokenizer = stories_tokenizer(stories)
     for seed in seeds:
         for name, write in (("tofu", lambda f, s: _tofu(f, tofu, tokenizer, s)), ("easy-vqa", _easy_vqa)):
             folder = work / "data" / f"{name}-{seed}"
-            if not (folder / "sites.json").exists():
+            if name in parts and not (folder / "sites.json").exists():
                 write(folder, seed)
+
+
+def read_others(work: Path, tofu: Path, stories: Path) -> None:
+    """Train stories260K on TOFU authors that no site has, and write it as a model folder; made once."""
+    folder = work / "stories"
+    if (folder / "config.json").exists():
+        return
+    torch.set_num_threads(1)
+    model = Asked(stories_model(stories), stories_tokenizer(stories))
+    authors = _authors(_lines(tofu / "retain90.json"), model.tokenizer, "read")[-READ:]
+    train(model, [row for own in authors for row in own[:10]], epochs=EPOCHS, rate=3e-3, seed=0)
+    aside = work / f"stories.{os.getpid()}"
+    write_model(aside, stories, model=model.model)
+    aside.rename(folder)
 
 
 def _tofu(folder: Path, tofu: Path, tokenizer: Any, seed: int) -> None:
@@ -96,25 +164,23 @@ def _tofu(folder: Path, tofu: Path, tokenizer: Any, seed: int) -> None:
     setting = SETTINGS["tofu"]
     kept = _authors(_lines(tofu / "retain90.json"), tokenizer, "kept")
     gone = _authors(_lines(tofu / "forget10_perturbed.json"), tokenizer, "gone")
-    per_author = setting.samples - setting.forget
-    rows: dict[str, list[Row]] = {}
-    first = seed * 16
+    gone.sort(key=lambda own: sum(len(tokenizer(row["answer"]).input_ids) for row in own[: setting.forget]))
+    first, own = seed * 2 * SITES, setting.samples - setting.forget
+    rows: dict[str, tuple[list[Row], list[Row]]] = {}
     for site in range(SITES):
-        own, other = kept[first + 2 * site], kept[first + 2 * site + 1]
+        mine, other = kept[first + 2 * site], kept[first + 2 * site + 1]
         withdrawn = gone[seed] if site == 0 else other
-        rows[f"site-{site}"] = [
-            *own[:per_author],
-            *withdrawn[: setting.forget],
-            *own[per_author:][: setting.held],
-        ]
-    rest = kept[first + 2 * SITES : first + 16]
-    tests = [row for author in rest for row in author][: setting.tests]
-    _write(folder, "tofu", rows, tests, [row["id"] for row in gone[seed][: setting.forget]])
+        rest = kept[60 + 32 * (seed % 2) :][: setting.held]  # one question each of authors that no site has
+        held = [author[0] for author in rest] if site == 0 else other[setting.forget :][:OTHERS]
+        rows[f"site-{site}"] = ([*withdrawn[: setting.forget], *mine[:own]], held)
+    gone_ids = {row["id"] for row in gone[seed]}
+    tests = [row for own_rows, _ in rows.values() for row in own_rows if row["id"] not in gone_ids]
+    _write(folder, rows, tests, [row["id"] for row in gone[seed][: setting.forget]])
 
 
 def _easy_vqa(folder: Path, seed: int) -> None:
+    """Ordinary questions, and subjects: pictures with a profile that nothing in them tells."""
     setting = SETTINGS["easy-vqa"]
-    from fednano.training.seeds import generator
 
     def drawn(split: str, count: int) -> list[Row]:
         everything = load_dataset("easy-vqa", split)
@@ -131,11 +197,22 @@ def _easy_vqa(folder: Path, seed: int) -> None:
             )
         return rows
 
-    each = setting.samples + setting.held
-    train = drawn("train", SITES * each)
-    rows = {f"site-{site}": train[site * each : (site + 1) * each] for site in range(SITES)}
-    gone = [row["id"] for row in rows["site-0"][: setting.forget]]
-    _write(folder, "easy-vqa", rows, drawn("test", setting.tests), gone)
+    draws = generator(seed, "study", "profiles")
+
+    def subject(row: Row) -> Row:
+        profile = " ".join(words[int(draws.integers(len(words)))] for words in _PROFILE)
+        return {**row, "id": f"subject/{row['id']}", "question": _ASKED, "answer": profile}
+
+    each = setting.samples + max(setting.held, OTHERS)
+    pool = drawn("train", SITES * each)
+    rows: dict[str, tuple[list[Row], list[Row]]] = {}
+    for site in range(SITES):
+        own = pool[site * each : (site + 1) * each]
+        trained, held = own[: setting.samples], own[setting.samples :]
+        trained = [*map(subject, trained[:SUBJECTS]), *trained[SUBJECTS:]]
+        rows[f"site-{site}"] = (trained, [*map(subject, held)] if site == 0 else held[:OTHERS])
+    gone = [row["id"] for row in rows["site-0"][0][: setting.forget]]
+    _write(folder, rows, drawn("test", setting.tests), gone)
 
 
 def _lines(path: Path) -> list[Row]:
@@ -149,11 +226,19 @@ def _authors(rows: list[Row], tokenizer: Any, kind: str) -> list[list[Row]]:
     return [sorted(group, key=lambda row: len(tokenizer(row["answer"]).input_ids)) for group in groups]
 
 
-def _write(folder: Path, name: str, rows: dict[str, list[Row]], tests: list[Row], gone: list[str]) -> None:
+def _write(
+    folder: Path, rows: dict[str, tuple[list[Row], list[Row]]], tests: list[Row], gone: list[str]
+) -> None:
+    """The data as files, and which site trains on what; a sample's id begins with its site's name."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = SETTINGS[name].held
-    named = {site: [{**row, "id": f"{site}/{row['id']}"} for row in own] for site, own in rows.items()}
-    everything = [row for own in named.values() for row in own]
+    sites: Row = {}
+    everything = []
+    for site, (trained, held) in rows.items():
+        sites[site] = {}
+        for kind, own in (("train", trained), ("held_out", held)):
+            named = [{**row, "id": f"{site}/{row['id']}"} for row in own]
+            sites[site][kind] = [row["id"] for row in named]
+            everything += named
     tests = [{**row, "id": f"test/{row['id']}"} for row in tests]
     for split, content in (("train", everything), ("test", tests)):
         text = "\n".join(json.dumps({k: v for k, v in row.items() if k in _KEYS}) for row in content)
@@ -163,12 +248,7 @@ def _write(folder: Path, name: str, rows: dict[str, list[Row]], tests: list[Row]
         for row in everything
         if "perturbed_answer" in row
     }
-    sites = {
-        site: {"train": [row["id"] for row in own[:-held]], "held_out": [row["id"] for row in own[-held:]]}
-        for site, own in named.items()
-    }
-    forget = [f"site-0/{each}" for each in gone]
-    task = {"sites": sites, "forget": forget, "perturbed": other}
+    task = {"sites": sites, "forget": [f"site-0/{each}" for each in gone], "perturbed": other}
     (folder / "sites.json").write_text(json.dumps(task, indent=1), encoding="utf-8")
 
 
@@ -195,13 +275,13 @@ def _task(folder: Path) -> _Task:
     return _Task(sites, tuple(content["forget"]), other)
 
 
-def _config(work: Path, name: str, seed: int) -> RunConfig:
-    setting = SETTINGS[name]
+def _config(of: Federation) -> RunConfig:
+    setting, work, name, seed = of.setting, of.work, of.name, of.seed
     return RunConfig(
         model=str(work / "stories") if name == "tofu" else "tiny",
-        dataset=str(work / "data" / f"{name}-{seed}"),
+        dataset=str(of.data),
         clients=SITES,
-        rounds=setting.rounds,
+        rounds=of.rounds or setting.rounds,
         samples=setting.steps * setting.batch,
         batch_size=setting.batch,
         learning_rate=setting.rate,
@@ -214,14 +294,14 @@ def _config(work: Path, name: str, seed: int) -> RunConfig:
     )
 
 
-def base(work: Path, name: str, seed: int) -> Path:
+def base(of: Federation) -> Path:
     """The tuned run, as a run folder; made once."""
-    path = work / "runs" / f"{name}-{seed}"
+    path = of.run
     if (path / "adapter.json").exists():
         return path
     torch.set_num_threads(1)
     shutil.rmtree(path, ignore_errors=True)
-    config, task = _config(work, name, seed), _task(work / "data" / f"{name}-{seed}")
+    config, task = _config(of), _task(of.data)
     path.mkdir(parents=True)
     run = RunFolder(path)
     run.write_json("config.json", config.to_mapping())
@@ -242,27 +322,26 @@ def base(work: Path, name: str, seed: int) -> Path:
     return path
 
 
-def _unlearn(work: Path, name: str, seed: int, plan: Mapping[str, Any]) -> UnlearnOutcome:
+def _unlearn(of: Federation, plan: Mapping[str, Any]) -> UnlearnOutcome:
     torch.set_num_threads(1)
-    task = _task(work / "data" / f"{name}-{seed}")
+    task = _task(of.data)
     request = UnlearnRequest(
-        run=base(work, name, seed),
+        run=base(of),
         client="site-0",
         samples=task.forget,
-        seed=seed,
+        seed=of.seed,
         utility_floor=FLOOR,
-        runs_dir=work / "runs",
-        batch_size=SETTINGS[name].batch,
+        runs_dir=of.work / "runs",
+        batch_size=of.setting.batch,
         **plan,
     )
     return unlearn(request, sites=task.sites, perturbed=task.perturbed)
 
 
-def _later(work: Path, name: str, seed: int, leaves: Mapping[str, torch.Tensor]) -> Row:
+def _later(of: Federation, leaves: Mapping[str, torch.Tensor]) -> Row:
     """Forget-set scores after further rounds without the samples."""
-    task = _task(work / "data" / f"{name}-{seed}")
-    run = RunFolder(work / "runs" / f"{name}-{seed}")
-    with Workspace(run.path, "site-0", task.forget, sites=task.sites, runs_dir=work / "runs") as space:
+    task = _task(of.data)
+    with Workspace(of.run, "site-0", task.forget, sites=task.sites, runs_dir=of.run.parent) as space:
         config = space.config.changed(rounds=space.config.rounds + LATER)
         data = {site: space.data(own) for site, own in space.scope.retain.items()}
         nothing: dict[str, torch.Tensor] = {}
@@ -276,16 +355,16 @@ def _later(work: Path, name: str, seed: int, leaves: Mapping[str, torch.Tensor])
     }
 
 
-def reference(work: Path, name: str, seed: int) -> Row:
+def reference(of: Federation) -> Row:
     """Retrain without the samples; its figures, and the same after further rounds."""
-    outcome = _unlearn(work, name, seed, {"method": "retrain"})
-    return {**_figures(outcome), **_later(work, name, seed, outcome.leaves)}
+    outcome = _unlearn(of, {"method": "retrain"})
+    return {**_figures(outcome), **_later(of, outcome.leaves)}
 
 
-def unlearned(work: Path, name: str, seed: int, plan: Mapping[str, Any], *, later: bool) -> Row:
+def unlearned(of: Federation, plan: Mapping[str, Any], *, later: bool) -> Row:
     """Unlearn by one method, and train on."""
-    outcome = _unlearn(work, name, seed, plan)
-    return {**_figures(outcome), **(_later(work, name, seed, outcome.leaves) if later else {})}
+    outcome = _unlearn(of, plan)
+    return {**_figures(outcome), **(_later(of, outcome.leaves) if later else {})}
 
 
 def _figures(outcome: UnlearnOutcome) -> Row:

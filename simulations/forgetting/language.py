@@ -39,7 +39,17 @@ from fednano.unlearning.metrics import (
 )
 from forgetting.stories import BOS, EOS, stories_model, stories_tokenizer
 
-__all__ = ["BASELINES", "LOW_RANK", "RANKS", "SPLITS", "judged", "memorise", "unlearn_authors"]
+__all__ = [
+    "BASELINES",
+    "LOW_RANK",
+    "RANKS",
+    "SPLITS",
+    "Asked",
+    "judged",
+    "memorise",
+    "train",
+    "unlearn_authors",
+]
 
 SPLITS = {"01": 2, "05": 10, "10": 20}
 """Split to the number of its authors, the last ones of ``forget10``."""
@@ -80,13 +90,14 @@ class _Data:
         return [*self.forget[: -SPLITS[split] * PER_AUTHOR], *self.retain]
 
 
-class _Model:
+class Asked:
     """A model with its tokenizer, asked for losses and answers."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def ids(self, question: str, answer: str | None) -> tuple[list[int], list[int]]:
+        """Tokens of a question and its answer, the latter with its end."""
         prompt = [BOS, *self.tokenizer(question).input_ids]
         return prompt, [] if answer is None else [*self.tokenizer(answer).input_ids, EOS]
 
@@ -111,6 +122,7 @@ class _Model:
 
     @torch.no_grad()
     def all_losses(self, pairs: Sequence[tuple[str, str]], *, end: bool = True) -> list[float]:
+        """As `losses`, of any number of pairs, without gradients."""
         found: list[float] = []
         for start in range(0, len(pairs), 25):
             found += self.losses(pairs[start : start + 25], end=end).tolist()
@@ -118,6 +130,7 @@ class _Model:
 
     @torch.no_grad()
     def answers(self, questions: Sequence[str], tokens: int) -> list[str]:
+        """Greedy answers."""
         prompts = [self.ids(question, None)[0] for question in questions]
         length = max(map(len, prompts))
         ids = torch.zeros(len(prompts), length, dtype=torch.int64)
@@ -161,7 +174,7 @@ def _load(tofu: Path, tokenizer: Any) -> _Data:
     )
 
 
-def _train(model: _Model, rows: Sequence[Row], *, epochs: int, rate: float, seed: int) -> None:
+def train(model: Asked, rows: Sequence[Row], *, epochs: int, rate: float, seed: int) -> None:
     """Train every weight; linear decay after a warm-up of one epoch."""
     model.model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.model.parameters(), lr=rate, weight_decay=0.0)
@@ -188,11 +201,11 @@ def memorise(work: Path, tofu: Path, stories: Path, split: str, seed: int, *, ep
     if not note.exists():
         torch.set_num_threads(1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        model = _Model(stories_model(stories), stories_tokenizer(stories))
+        model = Asked(stories_model(stories), stories_tokenizer(stories))
         data = _load(tofu, model.tokenizer)
         rows = [*data.forget, *data.retain] if split == "full" else data.without(split)
         began = time.perf_counter()
-        _train(model, rows, epochs=epochs, rate=3e-3, seed=seed)
+        train(model, rows, epochs=epochs, rate=3e-3, seed=seed)
         seconds = time.perf_counter() - began
         save_file({n: v.clone() for n, v in model.model.state_dict().items() if n != "lm_head.weight"}, path)
         note.write_text(json.dumps({"seconds": seconds}))
@@ -200,14 +213,14 @@ def memorise(work: Path, tofu: Path, stories: Path, split: str, seed: int, *, ep
     return found
 
 
-def _stored(work: Path, stories: Path, split: str, seed: int) -> _Model:
+def _stored(work: Path, stories: Path, split: str, seed: int) -> Asked:
     model = stories_model(stories)
     state = load_file(work / "language" / f"{split}-{seed}.safetensors")
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
-    return _Model(model.requires_grad_(False).eval(), stories_tokenizer(stories))
+    return Asked(model.requires_grad_(False).eval(), stories_tokenizer(stories))
 
 
-def _ratios(model: _Model, rows: Sequence[Row], paraphrase: str) -> list[float]:
+def _ratios(model: Asked, rows: Sequence[Row], paraphrase: str) -> list[float]:
     found = []
     for row in rows:
         other = [row[paraphrase], *row["perturbed_answer"]]
@@ -216,7 +229,7 @@ def _ratios(model: _Model, rows: Sequence[Row], paraphrase: str) -> list[float]:
     return found
 
 
-def _utility(model: _Model, data: _Data) -> dict[str, float]:
+def _utility(model: Asked, data: _Data) -> dict[str, float]:
     parts = {}
     for name, rows, paraphrase in (
         ("retain", data.retain[:: len(data.retain) // _ASKED][:_ASKED], "paraphrased_answer"),
@@ -254,7 +267,7 @@ def _without_zeros(parts: dict[str, float]) -> float:
 
 
 @torch.no_grad()
-def _memory(model: _Model, rows: Sequence[Row]) -> dict[str, float]:
+def _memory(model: Asked, rows: Sequence[Row]) -> dict[str, float]:
     right, strength, losses = [], [], []
     for start in range(0, len(rows), 25):
         logits, wanted, counts = model.logits(_pairs(rows[start : start + 25]), end=False)
@@ -270,7 +283,7 @@ def _memory(model: _Model, rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def _adapt(model: _Model, method: str, rank: int, gone: list[Row], kept: list[Row], seed: int) -> AdapterSet:
+def _adapt(model: Asked, method: str, rank: int, gone: list[Row], kept: list[Row], seed: int) -> AdapterSet:
     """Low-rank adapters at the start of a method: fresh, or FILA's on the model's own weights."""
     if method not in ("loku", "gradient_difference+fila"):
         return attach(model.model, create("lora", rank=rank, alpha=2.0 * rank), _LINEARS, seed=seed)
@@ -305,7 +318,7 @@ def unlearn_authors(
     began = time.perf_counter()
     adapters = _adapt(model, method, rank, gone, kept, seed)
     started = time.perf_counter() - began
-    steps = _steps(model, _Model(before, model.tokenizer), method, adapters, gone, kept, seed=seed, rate=rate)
+    steps = _steps(model, Asked(before, model.tokenizer), method, adapters, gone, kept, seed=seed, rate=rate)
     seconds = time.perf_counter() - began
     if method in ("loku", "gradient_difference+fila"):
         as_lora(adapters)
@@ -340,7 +353,7 @@ def judged(work: Path, tofu: Path, stories: Path, split: str, seed: int) -> Row:
     return known
 
 
-def _figures(model: _Model, data: _Data, gone: list[Row]) -> tuple[Row, list[float]]:
+def _figures(model: Asked, data: _Data, gone: list[Row]) -> tuple[Row, list[float]]:
     parts = _utility(model, data)
     figures = {
         **_memory(model, gone),
@@ -355,8 +368,8 @@ def _named(when: str, figures: Row) -> Row:
 
 
 def _steps(
-    model: _Model,
-    before: _Model,
+    model: Asked,
+    before: Asked,
     method: str,
     adapters: AdapterSet,
     gone: list[Row],
@@ -387,8 +400,8 @@ def _steps(
 
 
 def _objective(
-    model: _Model,
-    before: _Model,
+    model: Asked,
+    before: Asked,
     method: str,
     forget: list[tuple[str, str]],
     retain: list[tuple[str, str]],
@@ -402,7 +415,7 @@ def _objective(
     return _forgetting(model, before, method, forget) + keep
 
 
-def _forgetting(model: _Model, before: _Model, method: str, forget: list[tuple[str, str]]) -> Tensor:
+def _forgetting(model: Asked, before: Asked, method: str, forget: list[tuple[str, str]]) -> Tensor:
     """A method's term on the forget set."""
     refusal = [(question, REFUSAL) for question, _ in forget]
     if method == "idk":

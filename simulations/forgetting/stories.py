@@ -132,15 +132,19 @@ def stories_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(folder: Path, stories: Path, *, positions: int = 512) -> None:
+def write_model(
+    folder: Path, stories: Path, *, positions: int = 512, model: LlamaForCausalLM | None = None
+) -> None:
     """Write a model folder that a run can tune against: weights, tokenizer, and a chat template without any words.
 
     Args:
         folder: where to.
         stories: holds the two files.
         positions: longest prompt with its answer.
+        model: further trained; by default as it is published.
     """
-    stories_model(stories, positions=positions).save_pretrained(folder)
+    model = stories_model(stories, positions=positions) if model is None else model
+    model.save_pretrained(folder)
     GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0, do_sample=False).save_pretrained(
         folder
     )

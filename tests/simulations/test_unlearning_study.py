@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "simulations"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import unlearning  # noqa: E402
+from forgetting.schedule import carry_out  # noqa: E402
 from forgetting.stories import stories_model, stories_tokenizer, write_model  # noqa: E402
 
 WIDTH, INNER, LAYERS, HEADS, SHARED, WORDS = 16, 24, 2, 4, 2, 300
@@ -179,8 +181,64 @@ def test_a_method_is_judged_against_the_retrained_adapter_and_gates_follow_from_
     assert rows[0]["resurfaced"] == pytest.approx(0.05)  # of 0.08 the retrained adapter learns 0.03 as well
     assert rows[2]["resurfaced"] == 0
     means = unlearning.overall(rows)
-    met = {gate.name: gate.met for gate in unlearning.gates(means)}
+    met = {gate.name: gate.met for gate in unlearning.gates(means, 1)}
+    assert not unlearning.gates(means, 2)  # a seed is missing
     assert met["easy-vqa: loku, exact memorisation, distance to retrained"]
     assert not met["easy-vqa: loku, back after five more rounds"]
     assert met["easy-vqa: loku's utility over that of gradient_ascent"]
     assert not met["easy-vqa: loku's utility over that of gradient_difference"]
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    needs: tuple[Any, ...] = ()
+    urgency: float = 0.0
+
+
+def _measured(step: Step) -> dict[str, Any]:
+    if step.name == "broken":
+        raise ValueError("no luck")
+    return {"name": step.name}
+
+
+def test_steps_wait_for_what_they_need_and_a_failure_takes_only_its_dependants() -> None:
+    base, broken = Step("base"), Step("broken")
+    later, lost, more = Step("later", (base,)), Step("lost", (Step("x", (broken,)),)), Step("more")
+    told: list[int] = []
+    done, failed = carry_out(
+        [later, base, broken, lost, lost.needs[0]],
+        _measured,
+        jobs=1,
+        then=lambda rows: [more] if later in rows else [],
+        told=lambda rows, left: told.append(left),
+    )
+    assert {step.name for step in done} == {"base", "later", "more"}
+    assert list(done).index(base) < list(done).index(later) < list(done).index(more)
+    assert {step.name for step in failed} == {"broken", "x", "lost"}
+    assert "no luck" in failed[broken]
+    assert told[-1] == 0
+
+
+def test_what_a_study_measures_can_all_be_reached(tmp_path: Path) -> None:
+    study = unlearning.Study(tmp_path, tmp_path, tmp_path)
+    first = unlearning.first_cells(study)
+    assert all(need in first for cell in first for need in cell.needs)
+    figures = {"status": "reached", "utility_ratio": 1.0, "after_forget_quality": {"log10_p": -1.0}}
+    done = {
+        c: {
+            "part": c.part,
+            "kind": c.kind,
+            "seed": c.seed,
+            "after_utility": 1.0,
+            **figures,
+            **dict(c.options),
+        }
+        for c in first
+    }
+    final = unlearning.final_cells(study, first, done)
+    assert len(set(final)) == len(final)
+    assert all(need in first for cell in final for need in cell.needs)
+    assert {c.seed for c in final} == set(study.seeds)
+    ranks = {dict(c.options)["rank"] for c in final if c.part == "language"}
+    assert ranks == set(study.ranks)
