@@ -27,6 +27,7 @@ from torch import nn
 from fednano.host import serve
 from fednano.host.bench import row_of
 from fednano.host.drive import Drivers, Load
+from fednano.host.loading import LINGER_SECONDS
 from fednano.models.language import LanguagePart, LocalLLM
 from fednano.models.memory import PipelineMemory
 from fednano.models.placing import block_devices, spread
@@ -88,7 +89,7 @@ def measure(
     for device in _cards(part):
         torch.cuda.reset_peak_memory_stats(device)
     with serve(
-        llm, workers=workers, batch_tokens=8192, linger_seconds=0.01 if gpu else 0.0, grace=5.0
+        llm, workers=workers, batch_tokens=8192, linger_seconds=LINGER_SECONDS if gpu else 0.0, grace=5.0
     ) as host:
         load = Load(
             host.address,

@@ -8,18 +8,20 @@ crowd out one that sends little.
 On a GPU a pass over few tokens takes as long as one over many, since it is the reading of the weights that takes the
 time. Clients that have just been answered come back in a moment; a worker that is free and finds but few tokens
 therefore waits for them, a moment that is short beside the pass. Without that, clients of short steps fall into two
-groups that wait for each other, each with half of the batch.
+groups that wait for each other, each with half of the batch. Nobody waits for a client that usually stays away longer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -40,6 +42,8 @@ _STRETCH = 1.5
 _ENOUGH_TOKENS = 1024
 """With so many tokens a pass is bound by arithmetic on the GPUs of today, and more company gains little."""
 _SHARE_OF_A_PASS = 0.5
+_REMEMBERED_CLIENTS = 4096
+_LAUNCH_SECONDS = 0.25
 T = TypeVar("T")
 _Found: TypeAlias = "Callable[[], Reply] | Exception"
 
@@ -59,6 +63,14 @@ class Ask:
     want_gradient: bool
     lengths: Sequence[int]
     prepare: Callable[[], Job]
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """When a client was answered last, and how long it usually takes to come back, in seconds."""
+
+    at: float
+    gap: float = 0.0
 
 
 @dataclass
@@ -115,9 +127,11 @@ class StepBatcher:
         # By client; the next turn is the first's.
         self._waiting: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         self._running: set[asyncio.Task[None]] = set()
-        self._answered: dict[str, float] = {}
+        self._answered: OrderedDict[str, _Answered] = OrderedDict()
         self._pass_seconds = self._free_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._quiet = asyncio.Event()
+        self._quiet.set()
 
     async def run(self, ask: Ask, client: str) -> Reply:
         """The reply to one request. Cancelled while it waits, it is never computed.
@@ -134,12 +148,14 @@ class StepBatcher:
         if self._lane.apart:
             request.job = await self._pool.carry(lambda: self._carry(ask.prepare))
             request.since = time.monotonic()
+        self._came_back(client, request.since)
         self._stats.add("waiting")
         try:
             self._waiting.setdefault(client, deque()).append(request)
             self._start()
             finish = await request.reply
-            self._answered[client] = time.monotonic()
+            await self._launched()
+            self._was_answered(client)
         finally:
             self._stats.add("waiting", -1)
         return await self._pool.carry(lambda: self._carry(finish)) if self._lane.apart else finish()
@@ -147,6 +163,27 @@ class StepBatcher:
     def _carry(self, work: Callable[[], T]) -> T:
         with self._lane.carrying():
             return work()
+
+    async def _launched(self) -> None:
+        """Wait, a moment at most, until the pass that runs has told the device what to do on the way there.
+
+        Until then the device waits for the interpreter, which replies would take; the way back needs none.
+        """
+        if not self._quiet.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAUNCH_SECONDS):
+                    await self._quiet.wait()
+
+    def _was_answered(self, client: str) -> None:
+        before = self._answered.pop(client, None)
+        self._answered[client] = _Answered(time.monotonic(), before.gap if before else 0.0)
+        if len(self._answered) > _REMEMBERED_CLIENTS:
+            self._answered.popitem(last=False)
+
+    def _came_back(self, client: str, now: float) -> None:
+        if (last := self._answered.get(client)) is not None:
+            gap = now - last.at
+            self._answered[client] = _Answered(last.at, (last.gap + gap) / 2 if last.gap else gap)
 
     def _start(self) -> None:
         if self._timer is not None:
@@ -167,14 +204,23 @@ class StepBatcher:
         linger = min(self._linger, _SHARE_OF_A_PASS * self._pass_seconds)
         if linger <= 0:
             return 0.0
-        here = [request for queue in self._waiting.values() for request in queue if not request.reply.done()]
-        if not here or sum(request.samples * request.longest for request in here) >= _ENOUGH_TOKENS:
+        waiting = {
+            client: [request for request in queue if not request.reply.done()]
+            for client, queue in self._waiting.items()
+        }
+        if not 0 < self._waiting_tokens() < _ENOUGH_TOKENS:
             return 0.0
+        here = [request for queue in waiting.values() for request in queue]
         now = time.monotonic()
-        self._answered = {client: at for client, at in self._answered.items() if now - at < linger}
-        if self._answered.keys() <= self._waiting.keys():
+        # Latest first: whoever was answered too long ago, and all before, are not waited for.
+        recent = takewhile(lambda pair: now - pair[1].at < linger, reversed(self._answered.items()))
+        if all(waiting.get(client) for client, last in recent if last.gap < linger):
             return 0.0
         return max(0.0, max(self._free_since, min(request.since for request in here)) + linger - now)
+
+    def _waiting_tokens(self) -> int:
+        here = [request for queue in self._waiting.values() for request in queue if not request.reply.done()]
+        return sum(request.samples * request.longest for request in here)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -224,6 +270,10 @@ class StepBatcher:
             return
         self._free_since = time.monotonic()
         self._pass_seconds = self._free_since - began
+        if self._lane.apart and self._waiting_tokens() >= _ENOUGH_TOKENS:
+            # Nobody is waited for then: the next pass comes before these replies, see `_launched`.
+            self._running -= {task for task in (asyncio.current_task(),) if task is not None}
+            self._start()
         for request, outcome in zip(batch, found, strict=True):
             if request.reply.done():
                 continue
@@ -235,7 +285,7 @@ class StepBatcher:
     async def _together(self, batch: list[_Waiting]) -> list[_Found]:
         """One pass for all; if that does not fit into memory, one for each."""
         try:
-            return await self._pool.run(lambda: self._work(batch))
+            return await self._run(batch)
         except (torch.OutOfMemoryError, MemoryError):
             if len(batch) == 1:
                 raise
@@ -244,17 +294,30 @@ class StepBatcher:
         found: list[_Found] = []
         for request in batch:
             try:
-                found += await self._pool.run(partial(self._work, [request]))
+                found += await self._run([request])
             except (torch.OutOfMemoryError, MemoryError) as error:
                 found.append(error)
         return found
 
-    def _work(self, batch: list[_Waiting]) -> list[_Found]:
+    async def _run(self, batch: list[_Waiting]) -> list[_Found]:
+        loop = asyncio.get_running_loop()
+
+        def launched() -> None:
+            loop.call_soon_threadsafe(self._quiet.set)
+
+        if self._lane.apart:
+            self._quiet.clear()
+        try:
+            return await self._pool.run(lambda: self._work(batch, launched))
+        finally:
+            self._quiet.set()
+
+    def _work(self, batch: list[_Waiting], launched: Callable[[], None]) -> list[_Found]:
         """On a worker: one pass. On a CPU, also what comes before and after it."""
         if self._lane.apart:
             with self._lane.computing():
                 jobs = [request.job for request in batch if request.job]
-                return [partial(job.finish, *outcome) for job, outcome in self._pass(jobs)]
+                return [partial(job.finish, *outcome) for job, outcome in self._pass(jobs, launched)]
         found: dict[int, _Found] = {}
         made: dict[int, Job] = {}
         for index, request in enumerate(batch):
@@ -262,12 +325,12 @@ class StepBatcher:
                 made[index] = request.ask.prepare()
             except (HostRefused, ConfigError) as error:
                 found[index] = error
-        for index, (job, outcome) in zip(made, self._pass(list(made.values())), strict=True):
+        for index, (job, outcome) in zip(made, self._pass(list(made.values()), launched), strict=True):
             found[index] = partial(_same, job.finish(*outcome))
         return [found[index] for index in range(len(batch))]
 
-    def _pass(self, jobs: list[Job]) -> list[tuple[Job, Outcome]]:
-        return list(zip(jobs, compute_jobs(self._llm, jobs), strict=True)) if jobs else []
+    def _pass(self, jobs: list[Job], launched: Callable[[], None]) -> list[tuple[Job, Outcome]]:
+        return list(zip(jobs, compute_jobs(self._llm, jobs, launched), strict=True)) if jobs else []
 
 
 def _same(reply: Reply) -> Reply:

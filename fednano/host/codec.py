@@ -34,6 +34,7 @@ __all__ = [
     "raw",
     "raw_doubles",
     "row_bytes",
+    "views",
     "wire_code",
     "wire_dtype",
 ]
@@ -189,11 +190,16 @@ def pack(rows: Tensor, dtype: torch.dtype, lengths: Sequence[int]) -> tuple[pb.P
     return pb.Packed(dtype=_CODES[dtype], hidden_size=rows.shape[1], lengths=lengths, scale=scale), data
 
 
-def chunks(parts: Sequence[memoryview], size: int) -> Iterator[bytes]:
+def views(parts: Sequence[memoryview], size: int) -> Iterator[memoryview]:
     """Cut ``parts``, laid end to end, into pieces of ``size`` bytes; a piece never spans two parts."""
     for part in parts:
         for start in range(0, len(part), size):
-            yield bytes(part[start : start + size])
+            yield part[start : start + size]
+
+
+def chunks(parts: Sequence[memoryview], size: int) -> Iterator[bytes]:
+    """The same as copies."""
+    return map(bytes, views(parts, size))
 
 
 class Assembler:

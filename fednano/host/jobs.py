@@ -46,12 +46,15 @@ class Job:
     finish: Callable[[Tensor, Tensor | None], Reply]
 
 
-def compute_jobs(llm: LocalLLM, jobs: Sequence[Job]) -> list[Outcome]:
+def compute_jobs(
+    llm: LocalLLM, jobs: Sequence[Job], launched: Callable[[], None] | None = None
+) -> list[Outcome]:
     """Several requests in one pass; all of one objective, all with or without gradients.
 
     Args:
         llm: the model.
         jobs: at least one.
+        launched: see `Passes.compute`.
 
     Raises:
         HostRefused, ConfigError: what only the computation can find.
@@ -64,7 +67,9 @@ def compute_jobs(llm: LocalLLM, jobs: Sequence[Job]) -> list[Outcome]:
         x = torch.cat([_widen(job.x, longest, 0.0) for job in jobs])
         mask = torch.cat([_widen(job.mask, longest, False) for job in jobs])
         labels = torch.cat([_widen(job.labels, longest, IGNORE) for job in jobs])
-    losses, gradient = llm.passes.compute(x, mask, labels, first.objective, first.want_gradient)
+    losses, gradient = llm.passes.compute(
+        x, mask, labels, first.objective, first.want_gradient, launched or _nothing
+    )
     outcomes: list[Outcome] = []
     at = 0
     for job in jobs:
@@ -72,6 +77,10 @@ def compute_jobs(llm: LocalLLM, jobs: Sequence[Job]) -> list[Outcome]:
         at += len(job.mask)
         outcomes.append((losses[rows], None if gradient is None else gradient[rows, : job.mask.shape[1]]))
     return outcomes
+
+
+def _nothing() -> None:
+    pass
 
 
 def _widen(part: Tensor, length: int, fill: float) -> Tensor:

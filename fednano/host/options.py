@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=None,
         metavar="MS",
-        help="longest wait of a small step for other clients' (10 on a GPU, 0 on a CPU)",
+        help="longest wait of a small step for other clients' (30 on a GPU, 0 on a CPU)",
     )
     add("--compile", action="store_true", help="compile the model's blocks at start (about a minute)")
     add(

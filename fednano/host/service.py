@@ -28,6 +28,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import TokenVerifier
 from fednano.host.stats import Stats
+from fednano.host.wire import chunk_message
 from fednano.models.language import LocalLLM
 
 __all__ = ["LanguageHost"]
@@ -157,8 +158,8 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             self._count(trace, packed.lengths)
 
     async def _chunks(self, context: Context, data: memoryview) -> None:
-        for chunk in codec.chunks([data], self._chunk_bytes):
-            await self._send(context, "private_step", pb.PrivateReply(chunk=chunk))
+        for chunk in codec.views([data], self._chunk_bytes):
+            await self._send(context, "private_step", chunk_message(chunk))
 
     async def _work(self, work: Callable[[], T]) -> T:
         """Run on a worker what the device computes, and wait until it has."""
@@ -222,8 +223,8 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
     async def _reply(self, context: Context, call: str, reply: Reply) -> None:
         header, parts = reply
         await self._send(context, call, pb.StepReply(header=header))
-        for chunk in codec.chunks(parts, self._chunk_bytes):
-            await self._send(context, call, pb.StepReply(chunk=chunk))
+        for chunk in codec.views(parts, self._chunk_bytes):
+            await self._send(context, call, chunk_message(chunk))
 
     @asynccontextmanager
     async def _admitted(self, trace: Trace, nbytes: int) -> AsyncIterator[None]:

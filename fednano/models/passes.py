@@ -8,6 +8,7 @@ still computes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,13 @@ class Passes:
         self.turn: AbstractContextManager[Any] = threading.Lock() if stateful else nullcontext()
 
     def compute(
-        self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str, want_gradient: bool
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str,
+        want_gradient: bool,
+        launched: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Losses ``(B,)`` and, if wanted, the gradient ``(B, T, d)`` of their sum, outside of any graph.
 
@@ -64,6 +71,7 @@ class Passes:
             labels: ``(B, T)`` int64.
             objective: name of the token loss.
             want_gradient: whether to go backward.
+            launched: called when the device has been told the way there, which takes the interpreter; may come again.
 
         Raises:
             MemoryError, torch.OutOfMemoryError: one sample alone does not fit into the memory there is.
@@ -71,7 +79,7 @@ class Passes:
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
         lengths = mask.sum(1).tolist()
         parts = self.parts(lengths)
-        while (done := self._try(parts, embeds, mask, labels, objective, want_gradient)) is None:
+        while (done := self._try(parts, embeds, mask, labels, objective, want_gradient, launched)) is None:
             # The plan was wrong, or others took the memory meanwhile.
             parts = smaller(parts, len(lengths), len(self._blocks))
             if not parts:
@@ -117,13 +125,21 @@ class Passes:
         return plan(lengths, self._cost, self._memory.free(), len(self._blocks))
 
     def _one(
-        self, part: Part, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str, want_gradient: bool
+        self,
+        part: Part,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str,
+        want_gradient: bool,
+        launched: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and gradient of some of a batch's samples, outside of any graph."""
         layout = lay_out(mask[part.rows], labels[part.rows])
         rows = embeds.detach()[part.rows].requires_grad_(want_gradient)
         with torch.set_grad_enabled(want_gradient):
             losses = self._losses(rows, layout, objective, part.checkpoints)
+            launched()
             gradient = torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
             return losses.detach().to(self.device), gradient
 

@@ -212,6 +212,34 @@ def test_a_short_step_waits_for_clients_that_were_just_answered(local: LocalLLM)
     assert passes(0.02) < passes(0.0)
 
 
+def test_nobody_waits_for_a_client_that_stays_away(local: LocalLLM) -> None:
+    """A client that takes long between its steps is not waited for; one that comes back at once is."""
+    gated = Gated()
+    run = gated.pool.run
+
+    async def slow(job: Callable[[], Any]) -> Any:
+        return await run(lambda: (time.sleep(0.2), job())[1])
+
+    gated.pool.run = slow  # type: ignore[method-assign]
+    gated.gate.set()
+    pauses: dict[str, float] = {}
+
+    async def scene() -> None:
+        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512, linger_seconds=0.1)
+        for away, name in ((0.3, "slow"), (0.002, "fast")):
+            for _ in range(2):
+                await asyncio.gather(batcher.run(request(local, [8]), name), asyncio.sleep(0))
+                await asyncio.sleep(away)
+            await batcher.run(request(local, [8]), name)  # answered a moment ago, like each before
+            other = asyncio.create_task(batcher.run(request(local, [8]), "other " + name))
+            await asyncio.sleep(0)
+            pauses[name] = float(batcher._timer is not None)
+            await other
+
+    gated.play(scene)
+    assert pauses == {"slow": 0.0, "fast": 1.0}
+
+
 def test_what_does_not_fit_into_memory_together_is_computed_alone(
     local: LocalLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

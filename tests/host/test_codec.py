@@ -17,6 +17,7 @@ from fednano.errors import HostRefused
 from fednano.host import codec
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto.generate import CHECKOUT, generate
+from fednano.host.wire import chunk_message, wire_bytes
 
 WIRE = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -122,3 +123,14 @@ def test_int8_does_not_hide_what_is_not_finite(value: float) -> None:
     )
     assert torch.equal(back[0], rows[0])
     assert not bool(back[1].isfinite().any())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 70_000))
+def test_a_chunk_is_framed_as_protobuf_would(length: int) -> None:
+    data = bytes(index % 251 for index in range(length))
+    message = pb.StepReply(chunk=data)
+    assert chunk_message(memoryview(data)) == message.SerializeToString()
+    assert wire_bytes(message) == message.ByteSize()
+    header = pb.StepReply(header=pb.StepResult(losses=[1.0] * (length % 50)))
+    assert wire_bytes(header) == header.ByteSize()
