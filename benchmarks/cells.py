@@ -62,7 +62,11 @@ def run_job(**settings: Any) -> Finished:
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        config = RunConfig(**{"placement": "local", "evaluate_every": 0, "runs_dir": folder, **settings})
+        # No deadlines: what a run gives must not depend on how busy the machine is.
+        patient = {"round_timeout": 1e6, "join_timeout": 1e6}
+        config = RunConfig(
+            **{"placement": "local", "evaluate_every": 0, "runs_dir": folder, **patient, **settings}
+        )
         path = simulate(config, backend="inprocess", view=make_view("quiet"))
         return Finished(path, time.monotonic() - began)
 

@@ -96,6 +96,7 @@ class Cell:
             final_samples=self.test,
             baselines=self.name == "fedavg" and not self.settings,
             placement="local",
+            round_timeout=1e6,  # what a run gives must not depend on how busy the machine is
             runs_dir=str(runs_dir / "runs"),
         )
 

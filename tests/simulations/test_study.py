@@ -143,7 +143,9 @@ def test_small_matrix_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = SimpleNamespace(submit=lambda *a, **k: pytest.fail("no run is wanted here"))
     monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **k: nullcontext(pool))
     monkeypatch.setattr(study, "take_over", lambda *a: None)
-    monkeypatch.setattr(study, "Cell", lambda *values: parsed.append(values))
+    monkeypatch.setattr(
+        study, "Cell", lambda *values: parsed.append(values) or SimpleNamespace(name=values[0])
+    )
     with pytest.raises(pytest.fail.Exception, match="no run"):
         study.main(["--small", "--seeds", "5"])
     assert len(parsed) == 6  # what is named beside --small wins
