@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import host_model
 from host_model import DEVICE, Shape
+from random_edge import random_edge
 
 from fednano.adapters import create
 from fednano.host import RemoteLLM
@@ -125,29 +126,9 @@ def client_memory(shape: Shape, model: Any) -> list[dict[str, Any]]:
 
 def _edge_step(shape: Shape) -> dict[str, Any]:
     """Encoder, connector and token embeddings of random weights, with adapters behind them, one image a step."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    from fednano.models.edge import EdgePart
-
     host_model.settle()
     before = host_model.allocated()
-    vision = CLIPVisionModel(CLIPVisionConfig(**shape.vision))
-    wide, width = shape.vision["hidden_size"], shape.width
-    connector = torch.nn.Sequential(
-        torch.nn.Linear(wide, width), torch.nn.GELU(), torch.nn.Linear(width, width)
-    )
-    edge = EdgePart(
-        vision_tower=vision,
-        connector=connector,
-        token_embedding=torch.nn.Embedding(shape.config["vocab_size"], width),
-        tokenizer=None,
-        image_processor=None,
-        image_token_id=1,
-        feature_layer=-2,
-        feature_strategy="default",
-        hidden_size=width,
-        fingerprint="random",
-    ).to(DEVICE, shape.dtype)
+    edge = random_edge(shape.vision, shape.width, shape.config["vocab_size"]).to(DEVICE, shape.dtype)
     adapter = create("nano", rank=shape.rank)
     nano = NanoEdge(edge, {"image": adapter, "text": adapter}, seed=0).to(DEVICE)
     optimiser = torch.optim.AdamW([p for p in nano.parameters() if p.requires_grad], lr=1e-4)
@@ -158,7 +139,7 @@ def _edge_step(shape: Shape) -> dict[str, Any]:
     )
 
     def work() -> None:
-        rows = {"image": edge.encode(pixels)[0], "text": edge.embed(ids)}
+        rows = {"image": edge.encode({"pixel_values": pixels})[0], "text": edge.embed(ids)}
         total = sum((nano.layer(stream)(part) ** 2).mean() for stream, part in rows.items())
         assert isinstance(total, torch.Tensor)
         total.backward()  # type: ignore[no-untyped-call]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks.kernels_report import Report
 from benchmarks.kernels_timing import measure, peak_extra
+from benchmarks.random_edge import random_edge
 from fednano.adapters import create
-from fednano.models.edge import EdgePart, NanoEdge
+from fednano.models.edge import NanoEdge
 from fednano.models.prompt import Prompt
 from fednano.training import fisher
 from fednano.training.local import adapter_leaves
@@ -85,35 +86,15 @@ class Client:
     """One client's step over a batch that stays the same."""
 
     def __init__(self, shape: Shape, samples: int, device: torch.device) -> None:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
         torch.manual_seed(0)
         self.shape, self.device = shape, device
         with device:
-            vision = CLIPVisionModel(CLIPVisionConfig(**shape.vision))
-            connector = nn.Sequential(
-                nn.Linear(shape.vision["hidden_size"], shape.width),
-                nn.GELU(),
-                nn.Linear(shape.width, shape.width),
-            )
-            tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.part = EdgePart(
-            vision_tower=vision,
-            connector=connector,
-            token_embedding=tokens,
-            tokenizer=None,
-            image_processor=None,
-            image_token_id=IMAGE,
-            feature_layer=-2,
-            feature_strategy="default",
-            hidden_size=shape.width,
-            fingerprint="random",
-        ).to(shape.dtype)
+            self.part = random_edge(shape.vision, shape.width, shape.vocabulary, IMAGE).to(shape.dtype)
         side = shape.vision["image_size"]
         self.pixels = torch.randn(samples, 3, side, side, device=device, dtype=shape.dtype)
         ids = (5, IMAGE, *(7 + i % 20 for i in range(shape.text - 2)))
         self.prompts = [Prompt(ids, (6,)) for _ in range(samples)]
-        self.kept = list(self.part.encode(self.pixels))
+        self.kept = list(self.part.encode({"pixel_values": self.pixels}))
         self.edge = NanoEdge(
             self.part, {s: create("nano", rank=shape.rank, act="gelu") for s in ("image", "text")}, seed=0
         ).to(device)
@@ -129,7 +110,7 @@ class Client:
 
     def features(self, encode: bool) -> list[Tensor | None]:
         """Of the batch's images, encoded now or kept from before."""
-        return list(self.part.encode(self.pixels)) if encode else list(self.kept)
+        return list(self.part.encode({"pixel_values": self.pixels})) if encode else list(self.kept)
 
     def peft_leaves(self) -> list[nn.Parameter]:
         """What the peer trains."""

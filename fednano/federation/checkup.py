@@ -14,10 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fednano.errors import ConfigError, FednanoError
 from fednano.federation.config import RunConfig
+
+if TYPE_CHECKING:
+    from fednano.models.vision import ImageSizes
 
 __all__ = ["PORTS", "Check", "check_all", "check_data", "check_machine", "check_model"]
 
@@ -149,7 +152,7 @@ def check_model(config: RunConfig) -> tuple[list[Check], dict[str, int]]:
 
     try:
         counted = count_parameters(config.model)
-        width, image_tokens, image_id, trained = _shape(config)
+        width, image_tokens, trained = _shape(config)
     except FednanoError as error:
         return [Check("model", "split", "problem", str(error))], {}
     edge, whole = counted["edge"], counted["model"]
@@ -159,7 +162,6 @@ def check_model(config: RunConfig) -> tuple[list[Check], dict[str, int]]:
         "language": whole - edge,
         "width": width,
         "image_tokens": image_tokens,
-        "image_id": image_id,
         "trained": trained,
     }
     text = (
@@ -187,26 +189,26 @@ def check_model(config: RunConfig) -> tuple[list[Check], dict[str, int]]:
     return [*found, Check("model", "adapter", "ok", text, {"trained": trained})], sizes
 
 
-def _shape(config: RunConfig) -> tuple[int, int, int, int]:
-    """Width of the embeddings, tokens of an image (0: takes none), id of its placeholder (-1: has none), and trained
-    parameters of the adapters.
+def _shape(config: RunConfig) -> tuple[int, int, int]:
+    """Width of the embeddings, tokens of an image (0: takes none; of one of 448 x 448 pixels where they vary), and
+    trained parameters of the adapters.
 
     Raises:
         ConfigError: the adapters do not fit the model.
     """
+    from PIL import Image
     from transformers import AutoConfig
 
     from fednano.adapters import Adapter
     from fednano.federation.model import build_adapter
     from fednano.models.edge import NanoEdge
     from fednano.models.files import find_model
+    from fednano.models.vision import token_count
 
     read = AutoConfig.from_pretrained(str(find_model(config.model).folder))
     text = read.get_text_config()
-    vision, tokens = getattr(read, "vision_config", None), 0
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if isinstance(size, int) and isinstance(patch, int):
-        tokens = (size // patch) ** 2 + int(getattr(read, "vision_feature_select_strategy", "") == "full")
+    vision, sizes = getattr(read, "vision_config", None), _image_sizes(config)
+    tokens = 0 if sizes is None else token_count(sizes.of(Image.new("RGB", (448, 448))))
     if vision is None and "image" in config.stream_names:
         raise ConfigError(
             f"streams is {config.streams!r}, and {config.model} takes no images. Set streams to 'text'."
@@ -217,9 +219,21 @@ def _shape(config: RunConfig) -> tuple[int, int, int, int]:
     return (
         text.hidden_size,
         tokens,
-        int(getattr(read, "image_token_id", -1) or -1),
         each * len(config.stream_names),
     )
+
+
+def _image_sizes(config: RunConfig) -> ImageSizes | None:
+    """Of the model, or ``None`` if it takes no images."""
+    from fednano.models.files import find_model
+    from fednano.models.load import load_image_processor, read_config
+    from fednano.models.vision import ImageSizes
+
+    files = find_model(config.model)
+    read = read_config(files)
+    if getattr(read, "vision_config", None) is None:
+        return None
+    return ImageSizes(read, load_image_processor(files) if ImageSizes.vary(read) else None)
 
 
 def check_data(config: RunConfig, sizes: dict[str, int]) -> tuple[list[Check], list[int]]:
@@ -278,8 +292,11 @@ def _lengths(config: RunConfig, data: Sequence[Any], sizes: dict[str, int], foun
     """Tokens of some samples with their images; a finding about what the model cannot take."""
     if not sizes:
         return []
+    from fednano.data import decode_image
     from fednano.models.files import find_model
+    from fednano.models.load import read_config
     from fednano.models.prompt import build_prompt, load_text_processor
+    from fednano.models.vision import Unfold, image_place, token_count
 
     chosen = [
         data[place * len(data) // min(_SAMPLED, len(data))] for place in range(min(_SAMPLED, len(data)))
@@ -294,15 +311,23 @@ def _lengths(config: RunConfig, data: Sequence[Any], sizes: dict[str, int], foun
     except FednanoError as error:
         found.append(Check("model", "tokenizer", "problem", str(error)))
         return []
+    images_of = _image_sizes(config)
+    place = None
+    if images_of is not None:
+        place = image_place(read_config(find_model(config.model)), tokenizer, config.model)
     lengths, unknown, total = [], 0, 0
     for sample in chosen:
         text = (sample.question, sample.answer)
-        shown = sample.image is not None and sizes["image_tokens"] > 0
-        prompt = build_prompt(tokenizer, sizes["image_id"], *text, image=shown, history=sample.history)
-        ids = prompt.ids + prompt.answer
+        shown = sample.image is not None and images_of is not None
+        prompt = build_prompt(tokenizer, place, *text, image=shown, history=sample.history)
+        ids, more = prompt.ids + prompt.answer, 0
+        if images_of is not None and place is not None and sample.image is not None:
+            shape = images_of.of(decode_image(sample.image))
+            ids = Unfold(tokenizer, place)(prompt.ids, shape) + prompt.answer
+            more = token_count(shape) - ids.count(place.token_id)  # for its placeholders
         unknown += sum(token == tokenizer.unk_token_id for token in ids)
         total += len(ids)
-        lengths.append(len(ids) + (sizes["image_tokens"] - 1 if shown else 0))  # for its placeholder
+        lengths.append(len(ids) + more)
     if total and unknown / total > 0.1:
         told = f"{config.model} does not know {100 * unknown / total:.0f} % of the words. Choose a model that does."
         found.append(Check("data", "words", "note", told, {"unknown": unknown / total}))

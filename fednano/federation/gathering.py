@@ -55,7 +55,7 @@ def client_gradients(
     probe = NanoEdge(edge, dict.fromkeys(config.stream_names, Dense()), seed=config.seed)
     for start in range(0, len(indices), config.batch_size):
         batch = probe(*data.batch(indices[start : start + config.batch_size]))
-        llm.loss(batch.embeds, batch.mask, batch.labels).sum().backward()  # type: ignore[no-untyped-call]
+        llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).sum().backward()  # type: ignore[no-untyped-call]
     found = {}
     for stream in probe.layers:
         gradient = probe.layer(stream).theta["D"].grad

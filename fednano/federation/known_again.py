@@ -33,7 +33,9 @@ def known_again(edge: NanoEdge, llm: LanguageModel, data: ClientData, *, batch_s
     for start in range(0, len(data), batch_size):
         prompts, features = data.batch(range(start, min(start + batch_size, len(data))))
         batch = edge(prompts, features)
-        for prompt, rows in zip(prompts, llm.score(batch.embeds, batch.mask, batch.labels), strict=True):
+        for prompt, rows in zip(
+            prompts, llm.score(batch.embeds, batch.mask, batch.labels, batch.images), strict=True
+        ):
             ended = len(rows) > 1 and prompt.answer[-1:] == (end,)
             found.append(float(rows[: len(rows) - ended, 1].mean()))
     return fmean(found)

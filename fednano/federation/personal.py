@@ -47,7 +47,7 @@ class _MixedEdge:
                 own = self._general.layer(stream).functional(self._own[stream], batch.raw[where])  # (N, d)
                 mixed = share * own + (1 - share) * batch.embeds[where]
                 embeds = embeds.masked_scatter(where.unsqueeze(-1), mixed)
-        return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams)
+        return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams, batch.images)
 
     def embed_new(self, ids: Tensor) -> Tensor:
         """Generated tokens ``(B,)`` of the batch composed last, mixed as their questions are."""

@@ -9,6 +9,7 @@ serves every use.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.requests import Requests, host_info, split_batch
 from fednano.host.wire import Meter, Wire
 from fednano.models.factored import FactoredBatch
+from fednano.models.images import Images, ImageUse, check_images
 from fednano.models.language import TokenEmbedding
 from fednano.models.language_inputs import IGNORE, check_inputs
 from fednano.models.step import step_loss
@@ -178,7 +180,14 @@ class RemoteLLM:
         reply = self._channel.call("Stats", lambda e: e.unary(pb.StatsRequest(), pb.StatsReply))
         return dict(reply.counters)
 
-    def loss(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str = "cross_entropy") -> Tensor:
+    def loss(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str = "cross_entropy",
+        images: Images = (),
+    ) -> Tensor:
         """Loss of each sample, see `fednano.models.language.LanguageModel.loss`.
 
         The host computes the gradient too, in the same round trip, if ``embeds`` requires one.
@@ -188,6 +197,7 @@ class RemoteLLM:
             mask: ``(B, T)``.
             labels: ``(B, T)`` int64.
             objective: name of the token loss.
+            images: of each sample; they travel only to a model that wants them.
 
         Returns:
             ``(B,)`` float32 on the device of ``embeds``.
@@ -200,10 +210,11 @@ class RemoteLLM:
         info = self.describe()
         _check_objective(info, objective)
         _check(info, embeds, mask, labels)
+        images = _wanted(info, images, mask)
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
 
         def step(rows: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
-            losses, real = self._step(info, (rows, mask, labels), objective, want_gradient)
+            losses, real = self._step(info, (rows, mask, labels), images, objective, want_gradient)
             if real is None:
                 return losses, None
             gradient = real.new_zeros(*mask.shape, real.shape[1])
@@ -230,21 +241,22 @@ class RemoteLLM:
         info, dtype = self.describe(), self._dtype(batch.raw)
         lengths = batch.mask.sum(1).tolist()
         if len(split_batch(lengths, info, torch.float32)) > 1:
-            return self.loss(batch.embeds(), batch.mask, batch.labels, objective)
+            return self.loss(batch.embeds(), batch.mask, batch.labels, objective, batch.images)
         _check_objective(info, objective)
         _check(info, batch.raw, batch.mask, batch.labels)
         with self._info_lock:
             if self._factored is None:
                 self._factored = FactoredExchange(self._channel, info, dtype, self._chunk_bytes)
-        return self._factored.loss(batch, objective)
+        return self._factored.loss(replace(batch, images=_wanted(info, batch.images, batch.mask)), objective)
 
-    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:
+    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor, images: Images = ()) -> list[Tensor]:
         """What the model says of each labelled token, see `fednano.models.language.LanguageModel.score`.
 
         Args:
             embeds: ``(B, T, d)`` float.
             mask: ``(B, T)``.
             labels: ``(B, T)`` int64.
+            images: of each sample.
 
         Returns:
             B tensors ``(n, 5)`` float64 on the CPU.
@@ -260,19 +272,25 @@ class RemoteLLM:
             )
         info = self.describe()
         _check(info, embeds, mask, labels)
+        images = _wanted(info, images, mask)
         mask, labels, embeds = mask.detach().cpu().bool(), labels.detach().cpu(), embeds.detach().cpu()
         requests, dtype = self._requests(info), self._dtype(embeds)
         found: list[Tensor] = []
         for part in split_batch(mask.sum(1).tolist(), info, dtype):
             real = mask[part]
             lengths, wanted = real.sum(1).tolist(), labels[part][real]
-            scores = requests.score(embeds[part][real], lengths, wanted, dtype=dtype)
+            scores = requests.score(embeds[part][real], lengths, wanted, dtype=dtype, images=images[part])
             counts = [int((own[1:] != IGNORE).sum()) for own in torch.split(wanted, lengths)]
             found += torch.split(scores, counts)
         return found
 
     def generate(
-        self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        max_new_tokens: int,
+        embed: TokenEmbedding | None = None,
+        images: Images = (),
     ) -> Tensor:
         """Greedy continuation, see `fednano.models.language.LanguageModel.generate`.
 
@@ -283,6 +301,7 @@ class RemoteLLM:
             mask: ``(B, T)``.
             max_new_tokens: at least 1.
             embed: adapted embedding of new tokens, or ``None``.
+            images: of each prompt.
 
         Returns:
             ``(B, max_new_tokens)`` int64 on the CPU.
@@ -295,13 +314,18 @@ class RemoteLLM:
             raise HostRefused(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
         info = self.describe()
         _check(info, embeds, mask, None, max_new_tokens)
+        images = _wanted(info, images, mask)
         mask = mask.detach().cpu().bool()
         requests, dtype = self._requests(info), self._dtype(embeds)
         answers = []
         for part in split_batch(mask.sum(1).tolist(), info, dtype):
             rows = embeds.detach().cpu()[part][mask[part]]
             lengths = mask[part].sum(1).tolist()
-            answers.append(requests.generate(rows, lengths, max_new_tokens, dtype=dtype, embed=embed))
+            answers.append(
+                requests.generate(
+                    rows, lengths, max_new_tokens, dtype=dtype, embed=embed, images=images[part]
+                )
+            )
         return torch.cat(answers)
 
     def _requests(self, info: HostInfo) -> Requests:
@@ -319,6 +343,7 @@ class RemoteLLM:
         self,
         info: HostInfo,
         batch: tuple[Tensor, Tensor, Tensor],
+        images: Images,
         objective: str,
         want_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -336,6 +361,7 @@ class RemoteLLM:
                 objective,
                 dtype=dtype,
                 want_gradient=want_gradient,
+                images=images[part],
             )
             losses.append(loss)
             if gradient is not None:
@@ -358,6 +384,17 @@ def _check(info: HostInfo, embeds: Tensor, mask: Tensor, labels: Tensor | None, 
         max_positions=info.max_positions,
         new_tokens=new_tokens,
     )
+
+
+def _wanted(info: HostInfo, images: Images, mask: Tensor) -> Images:
+    """The images that travel: checked here, and none to a model to which their tokens are like text.
+
+    Raises:
+        HostRefused: an image is not inside its sample.
+    """
+    if images:
+        check_images(images, mask.sum(1).tolist())
+    return images if info.images != ImageUse.PLAIN else ()
 
 
 def _remake(address: str, options: dict[str, Any]) -> RemoteLLM:

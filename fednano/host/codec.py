@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fednano.errors import HostRefused
 from fednano.host.proto import language_host_pb2 as pb
+from fednano.models.images import Images, ImageSpan, check_images
 
 __all__ = [
     "Assembler",
@@ -29,8 +30,10 @@ __all__ = [
     "decode_rows",
     "encode",
     "encode_rows",
+    "images_of",
     "pack",
     "pad",
+    "put_images",
     "raw",
     "raw_doubles",
     "row_bytes",
@@ -176,6 +179,32 @@ def decode_rows(
 def decode_labels(buffer: Bytes) -> Tensor:
     """Labels ``(n,)`` int64 from their int32 bytes ``(4 n,)``."""
     return torch.from_numpy(buffer.view("<i4").astype(np.int64))
+
+
+def put_images(packed: pb.Packed, images: Images) -> None:
+    """Write the image spans of a batch into its header."""
+    for sample, spans in enumerate(images):
+        packed.images.extend(pb.ImageSpan(sample=sample, **span._asdict()) for span in spans)
+
+
+def images_of(packed: pb.Packed) -> Images:
+    """The image spans of a header, by sample.
+
+    Raises:
+        HostRefused: they are of no sample, out of order, or beyond their sample.
+    """
+    if not packed.images:
+        return ()
+    samples = [span.sample for span in packed.images]
+    if max(samples) >= len(packed.lengths) or samples != sorted(samples):
+        raise HostRefused(
+            f"images: got those of sample {max(samples)}, expected 0 to {len(packed.lengths) - 1} in order"
+        )
+    found: list[list[ImageSpan]] = [[] for _ in packed.lengths]
+    for span in packed.images:
+        found[span.sample].append(ImageSpan(span.start, span.height, span.width))
+    check_images(found, packed.lengths)
+    return found
 
 
 def pack(rows: Tensor, dtype: torch.dtype, lengths: Sequence[int]) -> tuple[pb.Packed, memoryview]:

@@ -29,7 +29,8 @@ def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> J
     """
     packed = header.embeds
     x, mask, labels = _unpack_step(llm, packed, buffer)
-    llm.check(x, mask, labels, header.objective)
+    images = codec.images_of(packed)
+    llm.check(x, mask, labels, header.objective, images)
 
     def finish(losses: Tensor, gradient: Tensor | None) -> Reply:
         result = pb.StepResult(losses=losses.tolist())
@@ -42,7 +43,7 @@ def step_job(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> J
         result.gradient.CopyFrom(packing)
         return result, [data]
 
-    return Job(x, mask, labels, header.objective, header.want_gradient, finish)
+    return Job(x, mask, labels, header.objective, header.want_gradient, finish, images)
 
 
 def compute_scores(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler) -> memoryview:
@@ -51,7 +52,9 @@ def compute_scores(llm: LocalLLM, header: pb.StepHeader, buffer: codec.Assembler
     Raises:
         HostRefused: the numbers are not acceptable.
     """
-    return codec.raw_doubles(torch.cat(llm.score(*_unpack_step(llm, header.embeds, buffer))))
+    return codec.raw_doubles(
+        torch.cat(llm.score(*_unpack_step(llm, header.embeds, buffer), codec.images_of(header.embeds)))
+    )
 
 
 def _unpack_step(llm: LocalLLM, packed: pb.Packed, buffer: codec.Assembler) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +72,8 @@ def begin_generation(llm: LocalLLM, header: pb.GenerateHeader, buffer: codec.Ass
     Raises:
         HostRefused: the numbers are not acceptable.
     """
-    return Generation(llm, *unpack(header.embeds, buffer, llm.device), header.max_new_tokens)
+    x, mask = unpack(header.embeds, buffer, llm.device)
+    return Generation(llm, x, mask, header.max_new_tokens, codec.images_of(header.embeds))
 
 
 def unpack(packed: pb.Packed, buffer: codec.Assembler, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,24 +19,47 @@ from fednano.host.limits import HostInfo
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.requests import receive_step
 from fednano.models.factored import FactoredBatch, factored_loss
+from fednano.models.images import ImageSpan
 
 __all__ = ["FactoredExchange"]
 
+_KEYS = 65_536
+"""Keys remembered; some megabytes."""
 _ROUNDS = 3
 """How often samples that the host let go of are sent again within one step."""
 
 
 class _Frozen:
-    """The frozen part of one sample, as it travels."""
+    """The frozen part of one sample; encoded and hashed when first asked for.
 
-    def __init__(self, rows: Tensor, labels: Tensor, streams: Tensor, dtype: torch.dtype) -> None:
-        self.length = len(rows)
-        self.parts = (
+    Args:
+        rows: ``(n, d)``.
+        labels: ``(n,)``.
+        streams: ``(n,)`` uint8.
+        spans: where its images stand.
+        dtype: of rows on the wire.
+    """
+
+    def __init__(
+        self, rows: Tensor, labels: Tensor, streams: Tensor, spans: Sequence[ImageSpan], dtype: torch.dtype
+    ) -> None:
+        self.length, self.spans = len(rows), spans
+        self._given = rows, labels, streams, dtype
+
+    @cached_property
+    def parts(self) -> tuple[bytes, bytes, bytes]:
+        """As they travel."""
+        rows, labels, streams, dtype = self._given
+        return (
             bytes(codec.encode_rows(rows, dtype)),
             bytes(codec.raw(labels.int())),
             streams.cpu().contiguous().numpy().tobytes(),
         )
-        self.key = sample_key(*self.parts)
+
+    @cached_property
+    def key(self) -> bytes:
+        """The name under which it is kept; see `FactoredExchange._frozen` for where it is known without encoding."""
+        return sample_key(*self.parts, self.spans)
 
 
 class FactoredExchange:
@@ -55,6 +79,7 @@ class FactoredExchange:
         self._channel, self._info, self._dtype, self._chunk_bytes = channel, info, dtype, chunk_bytes
         self._kept_dtype = kept_dtype(dtype)
         self._sent: set[bytes] = set()
+        self._keys: dict[Hashable, bytes] = {}
         self._lock = threading.Lock()
 
     def loss(self, batch: FactoredBatch, objective: str) -> Tensor:
@@ -67,11 +92,7 @@ class FactoredExchange:
         Raises:
             HostError: see `RemoteLLM.loss`.
         """
-        ids = batch.stream_ids()
-        frozen = [
-            _Frozen(batch.raw[row][real], batch.labels[row][real], ids[row][real], self._kept_dtype)
-            for row, real in enumerate(batch.mask)
-        ]
+        frozen = self._frozen(batch)
         counts = [int(stream.where.sum()) for stream in batch.streams]
         ranks = [stream.z.shape[1] for stream in batch.streams]
         device = batch.raw.device
@@ -98,6 +119,36 @@ class FactoredExchange:
             return losses, *([part.to(device) for part in parts] for parts in gradients)  # type: ignore[return-value]
 
         return factored_loss(batch, compute)
+
+    def _frozen(self, batch: FactoredBatch) -> list[_Frozen]:
+        """The frozen parts of a batch. The key of a sample that came before is taken from then: encoding and hashing
+        every sample anew would cost each step as much as the full exchange spends on its bytes."""
+        ids = batch.stream_ids().cpu()
+        mask, labels = batch.mask.cpu(), batch.labels.cpu()
+        images = batch.images or [()] * len(mask)
+        found = []
+        for row, real in enumerate(mask):
+            streams = ids[row][real]
+            own = _Frozen(
+                batch.raw[row][real.to(batch.raw.device)],
+                labels[row][real],
+                streams,
+                images[row],
+                self._kept_dtype,
+            )
+            if row < len(batch.names):
+                name = (batch.names[row], batch.raw.dtype, streams.numpy().tobytes())
+                with self._lock:
+                    known = self._keys.get(name)
+                if known is not None:
+                    own.key = known
+                else:
+                    with self._lock:
+                        if len(self._keys) >= _KEYS:
+                            self._keys.clear()
+                        self._keys[name] = own.key
+            found.append(own)
+        return found
 
     def _step(
         self,
@@ -150,6 +201,7 @@ class FactoredExchange:
             ),
             keys=[sample.key for sample in unique],
         )
+        codec.put_images(header.embeds, [sample.spans for sample in unique])
         body = [memoryview(b"".join(sample.parts[part] for sample in unique)) for part in range(3)]
 
         def frames() -> Iterator[pb.KeepRequest]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fednano.errors import ConfigError
 from fednano.host import codec
+from fednano.models.images import ImageSpan
 
 __all__ = ["KEY_BYTES", "decode_parts", "encode_parts", "kept_dtype", "parts_bytes", "sample_key", "up_dtype"]
 
@@ -37,10 +38,12 @@ def up_dtype(dtype: torch.dtype) -> torch.dtype:
     return kept_dtype(dtype)
 
 
-def sample_key(rows: bytes, labels: bytes, streams: bytes) -> bytes:
-    """The name of a frozen part: `KEY_BYTES` of the SHA-256 of its bytes as they travel, each with its length."""
+def sample_key(rows: bytes, labels: bytes, streams: bytes, spans: Sequence[ImageSpan] = ()) -> bytes:
+    """The name of a frozen part: `KEY_BYTES` of the SHA-256 of its bytes as they travel, each with its length,
+    and of where its images stand."""
     digest = hashlib.sha256()
-    for part in (rows, labels, streams):
+    where = b"".join(number.to_bytes(4, "little") for span in spans for number in span)
+    for part in (rows, labels, streams, where):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()[:KEY_BYTES]

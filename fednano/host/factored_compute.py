@@ -14,6 +14,7 @@ from fednano.host.factored_codec import decode_parts, encode_parts, sample_key
 from fednano.host.jobs import Job, Reply
 from fednano.host.kept import KeptSample
 from fednano.host.proto import language_host_pb2 as pb
+from fednano.models.images import ImageSpan
 from fednano.models.language import LocalLLM
 from fednano.models.language_inputs import IGNORE
 
@@ -35,6 +36,7 @@ def unpack_kept(header: pb.KeepHeader, buffer: codec.Assembler) -> tuple[list[by
         data[total * row : total * (row + 4)],
         data[total * (row + 4) :],
     )
+    images = codec.images_of(packed) or [()] * len(packed.lengths)
     keys, samples, at = [], [], 0
     for index, length in enumerate(packed.lengths):
         parts = (
@@ -42,12 +44,17 @@ def unpack_kept(header: pb.KeepHeader, buffer: codec.Assembler) -> tuple[list[by
             labels[4 * at : 4 * (at + length)],
             streams[at : at + length],
         )
-        keys.append(sample_key(*(part.tobytes() for part in parts)))
+        keys.append(sample_key(parts[0].tobytes(), parts[1].tobytes(), parts[2].tobytes(), images[index]))
         tensor = codec.decode_rows(parts[0].copy(), dtype, width)
         if not bool(tensor.isfinite().all()):
             raise HostRefused(f"embeds: sample {index} holds NaN or infinity; expected finite numbers")
         samples.append(
-            KeptSample(tensor, codec.decode_labels(parts[1].copy()).int(), torch.from_numpy(parts[2].copy()))
+            KeptSample(
+                tensor,
+                codec.decode_labels(parts[1].copy()).int(),
+                torch.from_numpy(parts[2].copy()),
+                torch.tensor(images[index], dtype=torch.int32).view(-1, 3),
+            )
         )
         at += length
     return keys, samples
@@ -87,7 +94,8 @@ def factored_job(
     places = [(streams == index + 1).flatten().nonzero().flatten().to(device) for index in range(len(ranks))]
     for place, z_part, up_part in zip(places, z, up, strict=True):
         x.view(-1, width).index_add_(0, place, z_part @ up_part)
-    llm.check(x, mask, labels, header.objective)
+    images = [[ImageSpan(*span) for span in sample.images.tolist()] for sample in samples]
+    llm.check(x, mask, labels, header.objective, images)
 
     def finish(losses: Tensor, gradient: Tensor | None) -> Reply:
         result = pb.StepResult(losses=losses.tolist())
@@ -103,4 +111,4 @@ def factored_job(
             up_gradients.append(z_part.T @ rows)
         return result, encode_parts(z_gradients, up_gradients, dtype)
 
-    return Job(x, mask, labels, header.objective, header.want_gradient, finish)
+    return Job(x, mask, labels, header.objective, header.want_gradient, finish, images)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fednano.host.proto import language_host_pb2 as pb
+from fednano.models.images import Images
 from fednano.models.language import LocalLLM
 from fednano.models.language_inputs import IGNORE
 
@@ -36,6 +37,7 @@ class Job:
         objective: name of the token loss.
         want_gradient: whether to go backward.
         finish: makes the reply.
+        images: of each sample.
     """
 
     x: Tensor
@@ -44,6 +46,7 @@ class Job:
     objective: str
     want_gradient: bool
     finish: Callable[[Tensor, Tensor | None], Reply]
+    images: Images = ()
 
 
 def compute_jobs(
@@ -67,8 +70,11 @@ def compute_jobs(
         x = torch.cat([_widen(job.x, longest, 0.0) for job in jobs])
         mask = torch.cat([_widen(job.mask, longest, False) for job in jobs])
         labels = torch.cat([_widen(job.labels, longest, IGNORE) for job in jobs])
+    images: Images = ()
+    if any(job.images for job in jobs):
+        images = [spans for job in jobs for spans in (job.images or [()] * len(job.mask))]
     losses, gradient = llm.passes.compute(
-        x, mask, labels, first.objective, first.want_gradient, launched or _nothing
+        x, mask, labels, first.objective, first.want_gradient, images, launched or _nothing
     )
     outcomes: list[Outcome] = []
     at = 0

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -31,16 +31,18 @@ class KeptSample:
         rows: ``(L, d)`` embeddings before the adapters.
         labels: ``(L,)`` int32.
         streams: ``(L,)`` uint8: 1 + the stream's index, 0 for none.
+        images: ``(n, 3)`` int32: start, height and width of each image, as `fednano.models.images.ImageSpan`.
     """
 
     rows: Tensor
     labels: Tensor
     streams: Tensor
+    images: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all three."""
-        return self.rows.nbytes + self.labels.nbytes + self.streams.nbytes
+        """Bytes of all."""
+        return self.rows.nbytes + self.labels.nbytes + self.streams.nbytes + self.images.nbytes
 
 
 class KeptSamples:
@@ -84,7 +86,7 @@ class KeptSamples:
             except OSError:
                 self._forget(name)
                 return None
-            sample = KeptSample(tensors["rows"], tensors["labels"], tensors["streams"])
+            sample = KeptSample(**tensors)
             self._forget(name)
             self._insert(name, sample)
             return sample
@@ -121,7 +123,7 @@ class KeptSamples:
             return
         while self._held[1] + sample.nbytes > self._limits[1]:
             self._forget(next(iter(self._disk)))
-        tensors = {"rows": sample.rows.cpu(), "labels": sample.labels.cpu(), "streams": sample.streams.cpu()}
+        tensors = {field.name: getattr(sample, field.name).cpu() for field in fields(sample)}
         try:
             save_file(tensors, self._file(name))
         except OSError:

@@ -84,6 +84,7 @@ class HostInfo:
         objectives: names of the losses that may be asked for.
         limits: bounds on one request (those on the host as a whole stay at their defaults here).
         version: of the host's software.
+        images: what the model makes of image spans: ``"plain"``, ``"grid"`` or ``"block"``.
     """
 
     fingerprint: str
@@ -96,3 +97,4 @@ class HostInfo:
     objectives: tuple[str, ...]
     limits: HostLimits
     version: str
+    images: str = "plain"

@@ -17,6 +17,7 @@ from fednano.host.exchange import Exchange
 from fednano.host.limits import HostInfo
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.requests import Requests
+from fednano.models.images import Images
 from fednano.models.language_inputs import IGNORE
 from fednano.models.passes import sample_losses
 
@@ -46,9 +47,11 @@ class PrivateRequests(Requests):
         *,
         dtype: torch.dtype,
         want_gradient: bool,
+        images: Images = (),
     ) -> tuple[Tensor, Tensor | None]:
         """See `Requests.step`."""
         packed, data = codec.pack(rows, dtype, lengths)
+        codec.put_images(packed, images)
         starts = [0, *accumulate(lengths)][:-1]
         keep = labels != IGNORE
         keep[starts] = False  # nothing predicts a sample's first token

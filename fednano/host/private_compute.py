@@ -86,9 +86,10 @@ class PrivateStep:
         labelled = torch.full((self._mask.numel(),), IGNORE)
         labelled[real[list(header.labelled)]] = 0
         labelled = labelled.view(self._mask.shape)
-        llm.check(x, self._mask, labelled)
+        images = codec.images_of(header.embeds)
+        llm.check(x, self._mask, labelled, images=images)
         self._counts = (labelled == 0).sum(1).tolist()
-        self.step = HiddenStep(llm.passes, x, self._mask, labelled)
+        self.step = HiddenStep(llm.passes, x, self._mask, labelled, images)
 
     def forward(self, *, keep: bool) -> tuple[pb.Packed, memoryview]:
         """Header and bytes of the hidden states."""

@@ -16,6 +16,7 @@ from fednano.host.exchange import Exchange
 from fednano.host.limits import HostInfo, HostLimits
 from fednano.host.names import LABEL_BYTES, SCORES
 from fednano.host.proto import language_host_pb2 as pb
+from fednano.models.images import Images
 from fednano.models.language import TokenEmbedding
 from fednano.models.language_inputs import IGNORE, check_token_embeds
 
@@ -41,6 +42,7 @@ def host_info(reply: pb.DescribeReply) -> HostInfo:
             max_request_bytes=limits.max_request_bytes,
         ),
         version=reply.version,
+        images=reply.images or "plain",
     )
 
 
@@ -107,6 +109,7 @@ class Requests:
         *,
         dtype: torch.dtype,
         want_gradient: bool,
+        images: Images = (),
     ) -> tuple[Tensor, Tensor | None]:
         """One training step.
 
@@ -117,11 +120,13 @@ class Requests:
             objective: name of the token loss.
             dtype: type on the wire.
             want_gradient: whether the gradient is to be computed.
+            images: of each sample.
 
         Returns:
             Losses ``(B,)`` float32, and the gradient of their sum ``(N, d)`` or ``None``.
         """
         packed, data = codec.pack(rows, dtype, lengths)
+        codec.put_images(packed, images)
         header = pb.StepHeader(
             request_id=uuid.uuid4().hex,
             fingerprint=self._info.fingerprint,
@@ -149,7 +154,15 @@ class Requests:
             return losses, None
         return losses, codec.decode_rows(received, dtype, rows.shape[1], result.gradient.scale)
 
-    def score(self, rows: Tensor, lengths: Sequence[int], labels: Tensor, *, dtype: torch.dtype) -> Tensor:
+    def score(
+        self,
+        rows: Tensor,
+        lengths: Sequence[int],
+        labels: Tensor,
+        *,
+        dtype: torch.dtype,
+        images: Images = (),
+    ) -> Tensor:
         """What the model says of each labelled token.
 
         Args:
@@ -157,11 +170,13 @@ class Requests:
             lengths: tokens of each of the B samples.
             labels: ``(N,)`` int64; that of a sample's first token counts for nothing.
             dtype: type on the wire.
+            images: of each sample.
 
         Returns:
             ``(n, 5)`` float64, see `fednano.models.language.LanguageModel.score`.
         """
         packed, data = codec.pack(rows, dtype, lengths)
+        codec.put_images(packed, images)
         header = pb.StepHeader(request_id=uuid.uuid4().hex, fingerprint=self._info.fingerprint, embeds=packed)
         body = [data, codec.raw(labels.int())]
         asked = sum(int((part[1:] != IGNORE).sum()) for part in torch.split(labels, list(lengths)))
@@ -186,6 +201,7 @@ class Requests:
         *,
         dtype: torch.dtype,
         embed: TokenEmbedding | None,
+        images: Images = (),
     ) -> Tensor:
         """Answers to one batch of prompts.
 
@@ -195,11 +211,13 @@ class Requests:
             max_new_tokens: at least 1.
             dtype: type on the wire.
             embed: adapted embedding of new tokens, or ``None``.
+            images: of each prompt.
 
         Returns:
             ``(B, max_new_tokens)`` int64.
         """
         packed, data = codec.pack(rows, dtype, lengths)
+        codec.put_images(packed, images)
         header = pb.GenerateHeader(
             request_id=uuid.uuid4().hex,
             fingerprint=self._info.fingerprint,

@@ -96,6 +96,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     max_request_bytes=limits.max_request_bytes,
                 ),
                 version=__version__,
+                images=part.image_use,
             )
         raise AssertionError("unreachable")
 
@@ -298,6 +299,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             raise HostRefused(f"scale: got {packed.scale}, expected a positive finite number")
         nbytes = sum(packed.lengths) * (token_bytes + per_token)
         self._limits.check(packed.lengths, nbytes, new_tokens)
+        codec.images_of(packed)
         longest = max(packed.lengths)
         if longest + new_tokens > part.max_positions:
             i = list(packed.lengths).index(longest)

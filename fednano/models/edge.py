@@ -7,17 +7,21 @@ connector's output for an image therefore never changes, and is computed once (:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fednano.adapters import Adapter, AdapterLayer, Site
 from fednano.errors import ConfigError, DataError, ModelError
 from fednano.models.factored import FactoredBatch, StreamFactors
-from fednano.models.prompt import Prompt, build_prompt
+from fednano.models.images import Images, ImageSpan
+from fednano.models.prompt import ImagePlace, Prompt, build_prompt
+from fednano.models.vision import Unfold, Vision, token_blocks
 
 __all__ = ["STREAMS", "Composed", "EdgePart", "NanoEdge"]
 
@@ -25,6 +29,9 @@ STREAMS = ("image", "text")
 """The two places where a NanoAdapter can stand: on the connector's output and on the token embeddings."""
 
 
+_NUMBERED = WeakIdKeyDictionary()
+"""A number for each tensor of features, for as long as it lives; no two ever have the same."""
+_NUMBERS = itertools.count(1)
 _PROMPTS = 65536  # tokenised texts kept; some tens of megabytes at most
 
 
@@ -33,65 +40,64 @@ class EdgePart(nn.Module):
 
     Attributes:
         hidden_size: width ``d`` of the embeddings that go to the language model.
-        image_token_id: id of the image placeholder in a prompt; -1 in a text-only model.
+        vision: encoder and connector; ``None`` in a text-only model.
+        place: how prompts mark an image; ``None`` in a text-only model.
         fingerprint: hex SHA-256 of the weights; features computed by equal edges are interchangeable.
     """
 
     def __init__(
         self,
         *,
-        vision_tower: nn.Module | None,
-        connector: nn.Module | None,
+        vision: Vision | None,
         token_embedding: nn.Module,
         tokenizer: Any,
-        image_processor: Any,
-        image_token_id: int,
-        feature_layer: int | Sequence[int],
-        feature_strategy: str,
+        place: ImagePlace | None,
         hidden_size: int,
         fingerprint: str,
     ) -> None:
         super().__init__()
-        self.vision_tower = vision_tower
-        self.connector = connector
+        self.vision = vision
         self.token_embedding = token_embedding
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.image_token_id = image_token_id
-        self.feature_layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-        self.feature_strategy = feature_strategy
+        self.place = place
         self.hidden_size = hidden_size
         self.fingerprint = fingerprint
         self._prompts: dict[tuple[object, ...], Prompt] = {}
+        self._unfold: Unfold | None = None
         self.requires_grad_(False)
 
-    def preprocess(self, images: Sequence[Any]) -> Tensor:
-        """Images (PIL) to pixels ``(n, 3, height, width)`` by the model's own image processor.
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that stands for an image's features in a prompt; -1 in a text-only model."""
+        return -1 if self.place is None else self.place.token_id
+
+    def preprocess(self, images: Sequence[Any]) -> dict[str, Tensor]:
+        """Images (PIL) to pixels, by the model's own image processor.
 
         Raises:
             ModelError: the model is text-only.
         """
-        if self.image_processor is None:
+        if self.vision is None:
             raise ModelError(
                 "the model is text-only, but the data has images. Leave them out, or choose a multimodal model."
             )
-        pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return pixels
+        return self.vision.preprocess(images)
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Vision tower and connector: pixels ``(n, 3, height, width)`` to features ``(n, image_tokens, d)``."""
-        assert self.connector is not None
-        assert self.vision_tower is not None
-        weight = next(self.connector.parameters())
-        output = self.vision_tower(
-            pixels.to(weight.device, weight.dtype), output_hidden_states=True, return_dict=True
-        )
-        chosen = [output.hidden_states[layer] for layer in self.feature_layers]
-        if self.feature_strategy == "default":  # LLaVA's word for "without the class token"
-            chosen = [hidden[:, 1:] for hidden in chosen]
-        features: Tensor = self.connector(torch.cat(chosen, dim=-1))
-        return features
+    def encode(self, pixels: Mapping[str, Tensor]) -> list[Tensor]:
+        """Vision tower and connector: what `preprocess` gave, to the features of each image.
+
+        Returns:
+            for each image ``(image_tokens, d)``, or with more dimensions before d: see `fednano.models.vision`.
+        """
+        assert self.vision is not None
+        return self.vision.encode(pixels)
+
+    def unfold(self, ids: Sequence[int], features: Tensor) -> tuple[int, ...]:
+        """A prompt's ids with one image token for each run of image tokens that ``features`` are made of."""
+        if self._unfold is None:
+            assert self.place is not None
+            self._unfold = Unfold(self.tokenizer, self.place)
+        return self._unfold(ids, features.shape)
 
     def prompt(
         self,
@@ -107,7 +113,7 @@ class EdgePart(nn.Module):
             if len(self._prompts) >= _PROMPTS:
                 self._prompts.clear()
             self._prompts[key] = build_prompt(
-                self.tokenizer, self.image_token_id, question, answer, image=image, history=history
+                self.tokenizer, self.place, question, answer, image=image, history=history
             )
         return self._prompts[key]
 
@@ -127,6 +133,7 @@ class Composed:
         labels: ``(B, T)`` int64, -100 where nothing is to be predicted.
         raw: ``(B, T, d)`` the same embeddings before the adapters.
         streams: stream name to ``(B, T)`` bool: the positions it adapts.
+        images: where each sample's images stand.
     """
 
     embeds: Tensor
@@ -134,6 +141,7 @@ class Composed:
     labels: Tensor
     raw: Tensor
     streams: dict[str, Tensor]
+    images: Images = ()
 
 
 class NanoEdge(nn.Module):
@@ -165,7 +173,7 @@ class NanoEdge(nn.Module):
             raise ConfigError(
                 f"adapters stand on the streams {unknown or 'none'}; expected some of {list(STREAMS)}."
             )
-        if "image" in adapters and edge.vision_tower is None:
+        if "image" in adapters and edge.vision is None:
             raise ConfigError("the model is text-only and has no stream 'image'; set streams to 'text'.")
         self.edge = edge
         self.layers = nn.ModuleDict(
@@ -198,7 +206,7 @@ class NanoEdge(nn.Module):
 
         Args:
             prompts: ``B`` tokenised samples.
-            features: for each, ``(image_tokens, d)`` connector output, or ``None`` when it has no image.
+            features: for each, its image's features (see `EdgePart.encode`), or ``None`` when it has no image.
         """
         rows = [self._row(prompt, feature) for prompt, feature in zip(prompts, features, strict=True)]
         length = max(row[0].shape[0] for row in rows)
@@ -207,32 +215,40 @@ class NanoEdge(nn.Module):
         mask = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
         labels = torch.full((len(rows), length), -100, dtype=torch.long, device=device)
         is_image = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
-        for index, (row, label, image) in enumerate(rows):
+        for index, (row, label, spans) in enumerate(rows):
             size = row.shape[0]
             raw[index, :size], mask[index, :size] = row, True
-            labels[index, :size], is_image[index, :size] = label, image
-        return Composed(raw, mask, labels, raw, {"image": is_image, "text": mask & ~is_image})
+            labels[index, :size] = label
+            for span in spans:
+                is_image[index, span.start : span.end] = True
+        images = tuple(spans for _, _, spans in rows)
+        return Composed(raw, mask, labels, raw, {"image": is_image, "text": mask & ~is_image}, images)
 
-    def _row(self, prompt: Prompt, feature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _row(self, prompt: Prompt, feature: Tensor | None) -> tuple[Tensor, Tensor, tuple[ImageSpan, ...]]:
+        """One sample: embeddings ``(n, d)``, labels ``(n,)``, and where its images stand."""
         device = next(self.edge.token_embedding.parameters()).device
-        ids = torch.tensor(prompt.ids + prompt.answer, dtype=torch.long, device=device)
+        found = prompt.ids.count(self.edge.image_token_id)
+        if found != int(feature is not None):
+            raise DataError(
+                f"a prompt has {found} image placeholders but {int(feature is not None)} images; they must agree."
+            )
+        before = prompt.ids if feature is None else self.edge.unfold(prompt.ids, feature)
+        ids = torch.tensor(before + prompt.answer, dtype=torch.long, device=device)
         label = torch.full_like(ids, -100)
         if prompt.answer:
-            label[len(prompt.ids) :] = ids[len(prompt.ids) :]
-        row = self.edge.embed(ids)
-        where = (ids == self.edge.image_token_id).nonzero().flatten().tolist()
-        if len(where) != int(feature is not None):
-            raise DataError(
-                f"a prompt has {len(where)} image placeholders but {int(feature is not None)} images; they must agree."
-            )
-        image = torch.zeros_like(ids, dtype=torch.bool)
+            label[len(before) :] = ids[len(before) :]
         if feature is None:
-            return row, label, image
-        at, count = where[0], feature.shape[0]
-        row = torch.cat([row[:at], feature.to(row), row[at + 1 :]])
-        label = torch.cat([label[:at], label.new_full((count,), -100), label[at + 1 :]])
-        image = torch.cat([image[:at], image.new_ones(count), image[at + 1 :]])
-        return row, label, image
+            return self.edge.embed(ids), label, ()
+        places = [place for place, token in enumerate(before) if token == self.edge.image_token_id]
+        row = self.edge.embed(ids.index_fill(0, torch.tensor(places, device=device), 0))  # it may have no row
+        rows, labels, spans = [], [], []
+        at = length = 0
+        for place, (block, height, width) in zip(places, token_blocks(feature), strict=True):
+            spans.append(ImageSpan(length + place - at, height, width))
+            rows += [row[at:place], block.to(row)]
+            labels += [label[at:place], label.new_full((len(block),), -100)]
+            length, at = spans[-1].end, place + 1
+        return torch.cat([*rows, row[at:]]), torch.cat([*labels, label[at:]]), tuple(spans)
 
     def forward(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> Composed:
         """Assemble a batch and adapt each stream; differentiable in the adapters' leaves."""
@@ -243,7 +259,7 @@ class NanoEdge(nn.Module):
             if where.any():
                 rows = batch.raw[where]  # (N, d): an adapter sees its own positions and nothing else
                 embeds = embeds.masked_scatter(where.unsqueeze(-1), self._adapt(stream, rows))
-        return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams)
+        return Composed(embeds, batch.mask, batch.labels, batch.raw, batch.streams, batch.images)
 
     def factor(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> FactoredBatch | None:
         """The batch of `forward` as frozen rows and low-rank parts; ``None`` if an adapter has no low-rank form."""
@@ -262,7 +278,17 @@ class NanoEdge(nn.Module):
                 down, back = self.beside[stream]
                 z, up = torch.cat([z, rows @ down], 1), torch.cat([up, back])
             streams.append(StreamFactors(where, z, up))
-        return FactoredBatch(batch.raw, batch.mask, batch.labels, tuple(streams))
+        names = tuple(map(self._name, prompts, features))
+        return FactoredBatch(batch.raw, batch.mask, batch.labels, tuple(streams), batch.images, names)
+
+    def _name(self, prompt: Prompt, feature: Tensor | None) -> Hashable:
+        """Names a sample by its tokens and by the very tensor that holds its image's features."""
+        number = None
+        if feature is not None:
+            if feature not in _NUMBERED:
+                _NUMBERED[feature] = next(_NUMBERS)
+            number = _NUMBERED[feature]
+        return self.edge.fingerprint, prompt, number
 
     def embed_new(self, ids: Tensor) -> Tensor:
         """Embed generated tokens ``(B,)`` as training embeds answers: adapted like all text. Returns ``(B, d)``."""

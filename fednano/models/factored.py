@@ -9,13 +9,15 @@ with ``g`` the gradient of the loss there, all that the client's adapters need i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fednano.models.images import Images
 
 __all__ = ["FactoredBatch", "FactoredCompute", "FactoredModel", "StreamFactors", "factored_loss"]
 
@@ -44,12 +46,16 @@ class FactoredBatch:
         mask: ``(B, T)`` bool, true at real tokens, which start each row.
         labels: ``(B, T)`` int64.
         streams: the adapters' parts; their positions do not overlap.
+        images: of each sample.
+        names: for each sample something that is equal only for equal frozen parts; empty if nobody knows.
     """
 
     raw: Tensor
     mask: Tensor
     labels: Tensor
     streams: tuple[StreamFactors, ...]
+    images: Images = ()
+    names: tuple[Hashable, ...] = ()
 
     def stream_ids(self) -> Tensor:
         """``(B, T)`` uint8: 1 + the index of the stream that a position belongs to, 0 for none."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fednano.errors import ConfigError, HostRefused
+from fednano.models.images import Images, decoder_inputs, next_positions
 from fednano.models.language_inputs import align, check_token_embeds
 
 if TYPE_CHECKING:
@@ -24,23 +25,28 @@ class Generation:
         embeds: ``(B, T, d)`` prompts.
         mask: ``(B, T)``.
         max_new_tokens: at least 1.
+        images: of each prompt.
 
     Raises:
         HostRefused: an input is not acceptable.
     """
 
     @torch.no_grad()
-    def __init__(self, llm: LocalLLM, embeds: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+    def __init__(
+        self, llm: LocalLLM, embeds: Tensor, mask: Tensor, max_new_tokens: int, images: Images = ()
+    ) -> None:
         if max_new_tokens < 1:
             raise HostRefused(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
-        llm.check_prompts(embeds, mask, max_new_tokens)
+        llm.check_prompts(embeds, mask, max_new_tokens, images)
         self._llm = llm
         x, self._mask, _ = align(embeds.to(llm.device, llm.dtype), mask.to(llm.device).bool(), "right")
         self._cache: Any = None
         self._step = 0
         self._ended = torch.zeros(len(x), dtype=torch.bool)
         self.tokens = torch.full((len(x), max_new_tokens), llm.part.pad_token_id, dtype=torch.int64)
-        self._run(x, (self._mask.cumsum(1) - 1).clamp(min=0))
+        lengths, part = self._mask.sum(1).tolist(), llm.part
+        self._position = next_positions(part.image_use, images, lengths).to(llm.device)  # (B,)
+        self._run(x, decoder_inputs(part.image_use, part.image_masks, x, images, lengths))
 
     @property
     def done(self) -> bool:
@@ -71,19 +77,15 @@ class Generation:
             embeds = table(self.last.to(llm.device))
         check_token_embeds(embeds, rows, llm.hidden_size)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=1)
-        self._run(embeds.to(llm.device, llm.dtype).unsqueeze(1), self._mask.sum(1, keepdim=True) - 1)
+        where = {"position_ids": self._position.unsqueeze(1), "attention_mask": self._mask.long()}
+        self._position = self._position + 1
+        self._run(embeds.to(llm.device, llm.dtype).unsqueeze(1), where)
 
-    def _run(self, x: Tensor, positions: Tensor) -> None:
-        """Feed ``x`` ``(B, n, d)`` at ``positions`` ``(B, n)``; store each row's likeliest next token."""
+    def _run(self, x: Tensor, where: dict[str, Any]) -> None:
+        """Feed ``x`` ``(B, n, d)`` with its positions and mask; store each row's likeliest next token."""
         llm = self._llm
         with llm.passes.turn:
-            out = llm.part.decoder(
-                inputs_embeds=x,
-                attention_mask=self._mask.long(),
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+            out = llm.part.decoder(inputs_embeds=x, past_key_values=self._cache, use_cache=True, **where)
         self._cache = out.past_key_values
         head = llm.part.head
         last = out.last_hidden_state[:, -1].to(next(head.parameters()).device)  # (B, d)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fednano.models.generation import Generation
+from fednano.models.images import Images, ImageUse, MaskMaker, check_images
 from fednano.models.language_inputs import IGNORE, check_inputs
 from fednano.models.memory import Memory
 from fednano.models.passes import Passes
@@ -57,7 +58,14 @@ class LanguageModel(Protocol):
         """Longest sample, prompt and answer together, in tokens."""
         ...
 
-    def loss(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str = "cross_entropy") -> Tensor:
+    def loss(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str = "cross_entropy",
+        images: Images = (),
+    ) -> Tensor:
         """Loss of each sample: the objective's mean over its own labelled tokens. Differentiable in
         ``embeds``.
 
@@ -68,6 +76,7 @@ class LanguageModel(Protocol):
             labels: ``(B, T)`` int64; ``-100`` means no loss. The label at t is predicted from t - 1, so that
                 the one at a sample's first token counts for nothing. Padding must not carry labels.
             objective: a name from `fednano.training.objectives`.
+            images: where each sample's images stand; a model to which image tokens are like text needs none.
 
         Returns:
             ``(B,)`` float32. Row i depends on sample i alone, so a caller may weigh the rows freely.
@@ -78,13 +87,14 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:
+    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor, images: Images = ()) -> list[Tensor]:
         """What the model says of each labelled token; takes no gradient.
 
         Args:
             embeds: ``(B, T, d)`` as in `loss`.
             mask: ``(B, T)``.
             labels: ``(B, T)``.
+            images: as in `loss`.
 
         Returns:
             B tensors ``(n, 5)`` float64 on the CPU, a row for each labelled token: its log-probability, whether it is
@@ -97,7 +107,12 @@ class LanguageModel(Protocol):
         ...
 
     def generate(
-        self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        max_new_tokens: int,
+        embed: TokenEmbedding | None = None,
+        images: Images = (),
     ) -> Tensor:
         """Greedy continuation of each prompt.
 
@@ -107,6 +122,7 @@ class LanguageModel(Protocol):
             max_new_tokens: how many tokens to produce at most, at least 1.
             embed: maps new tokens ``(B,)`` to embeddings ``(B, d)``, for edges that adapt token embeddings.
                 ``None`` uses the model's own frozen table.
+            images: as in `loss`.
 
         Returns:
             ``(B, max_new_tokens)`` int64, on the CPU; the padding id after the first end token.
@@ -131,6 +147,8 @@ class LanguagePart:
         eos_token_ids: tokens that end an answer.
         pad_token_id: what fills an answer after its end.
         fingerprint: hex digest of the weights; two parts with one fingerprint give the same losses.
+        image_use: what the decoder makes of image spans.
+        image_masks: makes its attention masks where images see both ways inside.
     """
 
     decoder: nn.Module
@@ -141,6 +159,8 @@ class LanguagePart:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     fingerprint: str
+    image_use: ImageUse = ImageUse.PLAIN
+    image_masks: MaskMaker | None = None
 
     @property
     def devices(self) -> list[torch.device]:
@@ -185,7 +205,14 @@ class LocalLLM:
         """Longest sample, prompt and answer together, in tokens."""
         return self.part.max_positions
 
-    def loss(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str = "cross_entropy") -> Tensor:
+    def loss(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str = "cross_entropy",
+        images: Images = (),
+    ) -> Tensor:
         """Loss of each sample, see `LanguageModel.loss`.
 
         Logits exist only for tokens that carry a label: ``(N, V)``, never ``(B, T, V)``.
@@ -195,27 +222,41 @@ class LocalLLM:
             mask: ``(B, T)``.
             labels: ``(B, T)`` int64.
             objective: name of the token loss.
+            images: of each sample.
 
         Returns:
             ``(B,)`` float32 on the device of ``embeds`` (float64 when the model itself is float64).
         """
         return step_loss(
-            embeds, lambda rows, want: self.loss_and_gradient(rows, mask, labels, objective, want)
+            embeds, lambda rows, want: self.loss_and_gradient(rows, mask, labels, objective, want, images)
         )
 
-    def check(self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str = "cross_entropy") -> None:
+    def check(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str = "cross_entropy",
+        images: Images = (),
+    ) -> None:
         """Raise what `loss` would raise, without computing. Arguments and errors as there."""
         from fednano.training.objectives import get_objective  # not at the top: training imports models
 
         get_objective(objective)
-        self._check(embeds, mask, labels)
+        self._check(embeds, mask, labels, images)
 
-    def check_prompts(self, embeds: Tensor, mask: Tensor, new_tokens: int) -> None:
+    def check_prompts(self, embeds: Tensor, mask: Tensor, new_tokens: int, images: Images = ()) -> None:
         """Raise what `generate` would raise, without computing. Arguments and errors as there."""
-        self._check(embeds, mask, None, new_tokens)
+        self._check(embeds, mask, None, images, new_tokens)
 
     def loss_and_gradient(
-        self, embeds: Tensor, mask: Tensor, labels: Tensor, objective: str, want_gradient: bool
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        objective: str,
+        want_gradient: bool,
+        images: Images = (),
     ) -> tuple[Tensor, Tensor | None]:
         """Losses ``(B,)`` as in `loss` and, if wanted, the gradient ``(B, T, d)`` of their sum, outside of any graph.
 
@@ -225,26 +266,28 @@ class LocalLLM:
             labels: ``(B, T)`` int64.
             objective: name of the token loss.
             want_gradient: whether to go backward.
+            images: of each sample.
 
         Raises:
             HostRefused, ConfigError: as `loss`.
         """
-        self.check(embeds, mask, labels, objective)
-        return self.passes.compute(embeds, mask, labels, objective, want_gradient)
+        self.check(embeds, mask, labels, objective, images)
+        return self.passes.compute(embeds, mask, labels, objective, want_gradient, images)
 
     @torch.no_grad()
-    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:
+    def score(self, embeds: Tensor, mask: Tensor, labels: Tensor, images: Images = ()) -> list[Tensor]:
         """What the model says of each labelled token, see `LanguageModel.score`; in float64 from the logits on.
 
         Args:
             embeds: ``(B, T, d)`` float.
             mask: ``(B, T)``.
             labels: ``(B, T)`` int64.
+            images: of each sample.
 
         Returns:
             B tensors ``(n, 5)`` float64 on the CPU.
         """
-        logits, wanted, counts = self.token_logits(embeds, mask, labels)
+        logits, wanted, counts = self.token_logits(embeds, mask, labels, images)
         log = logits.double().log_softmax(-1)  # (N, V)
         p = log.exp()
         mean = (p * log).sum(-1)
@@ -254,22 +297,30 @@ class LocalLLM:
         right = (log.argmax(-1) == wanted).double()
         return list(torch.split(torch.stack([own, right, mean, deviation, rival], dim=1).cpu(), counts))
 
-    def token_logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def token_logits(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor, images: Images = ()
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """Logits at every labelled token, as a graph over the embeddings; see `Passes.logits`.
 
         Args:
             embeds: ``(B, T, d)``.
             mask: ``(B, T)``.
             labels: ``(B, T)`` int64.
+            images: of each sample.
 
         Raises:
             HostRefused: an input is not acceptable.
         """
-        self._check(embeds, mask, labels)
-        return self.passes.logits(embeds, mask, labels)
+        self._check(embeds, mask, labels, images)
+        return self.passes.logits(embeds, mask, labels, images)
 
     def generate(
-        self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: TokenEmbedding | None = None
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        max_new_tokens: int,
+        embed: TokenEmbedding | None = None,
+        images: Images = (),
     ) -> Tensor:
         """Greedy continuation with a key-value cache, see `LanguageModel.generate`.
 
@@ -278,16 +329,21 @@ class LocalLLM:
             mask: ``(B, T)``.
             max_new_tokens: at least 1.
             embed: adapted embedding of new tokens, or ``None``.
+            images: of each prompt.
 
         Returns:
             ``(B, max_new_tokens)`` int64 on the CPU.
         """
-        state = Generation(self, embeds, mask, max_new_tokens)
+        state = Generation(self, embeds, mask, max_new_tokens, images)
         while not state.done:
             state.advance(None if embed is None else embed(state.last))
         return state.tokens
 
-    def _check(self, embeds: Tensor, mask: Tensor, labels: Tensor | None, new_tokens: int = 0) -> None:
+    def _check(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor | None, images: Images, new_tokens: int = 0
+    ) -> None:
         p = self.part
         sizes = {"hidden_size": p.hidden_size, "vocab_size": p.vocab_size, "max_positions": p.max_positions}
         check_inputs(embeds, mask, labels, **sizes, new_tokens=new_tokens)
+        if images:
+            check_images(images, mask.sum(1).tolist())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fednano.models.images import Images
 from fednano.models.language_inputs import IGNORE
 
 __all__ = ["Layout", "lay_out"]
@@ -28,6 +29,7 @@ class Layout:
         chosen: ``(N,)`` places, counted over all rows of L, of the hidden states that predict a label.
         targets: ``(N,)`` those labels.
         counts: labels of each sample.
+        images: of each sample.
     """
 
     longest: int
@@ -36,6 +38,7 @@ class Layout:
     chosen: Tensor
     targets: Tensor
     counts: list[int]
+    images: Images = ()
 
     def align(self, embeds: Tensor) -> Tensor:
         """Rows ``(B, T, d)`` on any device as ``(B, L, d)``, zeros as padding; differentiable."""
@@ -49,12 +52,13 @@ class Layout:
         return torch.where(self.real.to(embeds.device, non_blocking=True).unsqueeze(-1), x, 0)
 
 
-def lay_out(mask: Tensor, labels: Tensor) -> Layout:
+def lay_out(mask: Tensor, labels: Tensor, images: Images = ()) -> Layout:
     """The layout of a batch.
 
     Args:
         mask: ``(B, T)`` bool, one run of true in each row.
         labels: ``(B, T)`` int64.
+        images: of each sample.
     """
     mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
     lengths = mask.sum(1, keepdim=True)  # (B, 1)
@@ -74,4 +78,5 @@ def lay_out(mask: Tensor, labels: Tensor) -> Layout:
         rows * longest + columns - 1,
         y[keep],
         keep.sum(1).tolist(),
+        images,
     )

@@ -1,4 +1,4 @@
-"""Load one side of a LLaVA model or of a text model, or both, through transformers' own classes.
+"""Load one side of a multimodal model or of a text model, or both, through transformers' own classes.
 
 Each side is the real class built from a changed configuration: the edge has a decoder of zero layers, the language
 side a vision tower of zero layers. So transformers does all that is specific to a model: key conversion of old
@@ -16,18 +16,35 @@ from torch import nn
 
 from fednano.errors import ModelError
 from fednano.models.build import build, ending_ids, without_layers
+from fednano.models.dividing import language_part
 from fednano.models.edge import EdgePart
 from fednano.models.files import ModelFiles, find_model
 from fednano.models.fingerprint import fingerprint
 from fednano.models.language import LanguagePart
+from fednano.models.multimodal import (
+    FAMILIES,
+    bare,
+    image_use,
+    is_multimodal,
+    multimodal_class,
+    sides_of,
+    without_side,
+)
 from fednano.models.prompt import load_text_processor
 from fednano.models.quiet import quiet
 from fednano.models.textual import is_textual, load_text_edge, load_text_language, text_class
+from fednano.models.vision import Vision, image_place
 
-__all__ = ["count_parameters", "load_edge", "load_head", "load_language", "load_whole", "split_model"]
-
-_EDGE_KEYS = ("vision_tower.", "multi_modal_projector.", "embed_tokens.")
-_LANGUAGE_KEYS = ("language_model.", "lm_head.")
+__all__ = [
+    "count_parameters",
+    "load_edge",
+    "load_head",
+    "load_image_processor",
+    "load_language",
+    "load_whole",
+    "read_config",
+    "split_model",
+]
 
 
 def read_config(files: ModelFiles) -> Any:
@@ -36,14 +53,14 @@ def read_config(files: ModelFiles) -> Any:
     Raises:
         ModelError: it cannot be read, or is of a kind that cannot be divided.
     """
-    from transformers import AutoConfig, LlavaConfig
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(files.folder))
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"the configuration of {files.name!r} cannot be read: {first}") from error
-    if not isinstance(config, LlavaConfig) and not is_textual(config):
+    if not is_multimodal(config) and not is_textual(config):
         has_vision = hasattr(config, "vision_config")
         kind = (
             "a multimodal model of another family"
@@ -51,21 +68,21 @@ def read_config(files: ModelFiles) -> Any:
             else "neither multimodal nor a causal text model"
         )
         raise ModelError(
-            f"{files.name!r} is {kind} (model_type {config.model_type!r}). Expected a LLaVA model "
-            "(model_type 'llava', class LlavaForConditionalGeneration), such as llava-hf/llava-1.5-7b-hf, or a causal "
-            "text model such as Llama, Qwen, GPT-2 or Phi."
+            f"{files.name!r} is {kind} (model_type {config.model_type!r}). Expected a LLaVA (such as "
+            "llava-hf/llava-1.5-7b-hf), Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM or Gemma 3 model "
+            f"(model_type {', '.join(FAMILIES)}), or a causal text model such as Llama, Qwen, GPT-2 or Phi."
         )
     return config
 
 
-def _llava() -> Any:
-    from transformers import LlavaForConditionalGeneration
-
-    return LlavaForConditionalGeneration
-
-
 def _among(keys: tuple[str, ...]) -> Callable[[str], bool]:
     return lambda key: any(part in key for part in keys)
+
+
+def _keys(config: Any) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
+    """Which keys of a checkpoint, in whatever of its formats, the vision side and the language side need."""
+    vision = _among(tuple(f"{name}." for name in sides_of(bare(config)).vision))
+    return vision, lambda key: not vision(key)
 
 
 def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> EdgePart:
@@ -83,12 +100,14 @@ def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
     full = read_config(files)
     if is_textual(full):
         return load_text_edge(files, full, dtype=dtype, device=device)
-    config = copy.deepcopy(full)
-    without_layers(config.text_config)
+    vision, _ = _keys(full)
+    config = without_side(copy.deepcopy(full), vision=False)
     # The head is the language side's; tying it to the embeddings keeps the class whole at no cost.
     config.tie_word_embeddings = True
     config.text_config.tie_word_embeddings = True
-    model = build(files, _llava(), config, _among(_EDGE_KEYS), dtype)
+    model = build(
+        files, multimodal_class(full), config, lambda key: vision(key) or "embed_tokens." in key, dtype
+    )
     return _edge_part(model, full, files).to(device)
 
 
@@ -103,10 +122,11 @@ def load_language(
     config = copy.deepcopy(read_config(files))
     if is_textual(config):
         return load_text_language(files, config, dtype=dtype, device=device)
-    without_layers(config.vision_config)
-    model = build(files, _llava(), config, _among(_LANGUAGE_KEYS), dtype)
-    model.model.language_model.to(device)
-    model.lm_head.to(device)
+    _, language = _keys(config)
+    model = build(files, multimodal_class(config), without_side(config, vision=True), language, dtype)
+    sides = sides_of(model)
+    sides.decoder.to(device)
+    sides.head.to(device)
     return _language_part(model, files)
 
 
@@ -117,15 +137,15 @@ def load_head(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
     """
     files = find_model(name_or_path)
     config = copy.deepcopy(read_config(files))
-    cls = text_class(config) if is_textual(config) else _llava()
+    cls = text_class(config) if is_textual(config) else multimodal_class(config)
     for part in (config,) if is_textual(config) else (config.text_config, config.vision_config):
         without_layers(part)
     with torch.device("meta"):
-        bare = cls(config)
-    bare.tie_weights()
-    head, table = bare.get_output_embeddings(), bare.get_input_embeddings()
+        empty = cls(config)
+    empty.tie_weights()
+    head, table = empty.get_output_embeddings(), empty.get_input_embeddings()
     source = table if head.weight is table.weight else head
-    leaf = next(name for name, module in bare.named_modules() if module is source).rpartition(".")[2]
+    leaf = next(name for name, module in empty.named_modules() if module is source).rpartition(".")[2]
     model = build(files, cls, config, _among((f"{leaf}.",)), dtype)
     found: nn.Module = model.get_output_embeddings().to(device)
     return found
@@ -139,17 +159,19 @@ def load_whole(name_or_path: str) -> Any:
     files = find_model(name_or_path)
     config = read_config(files)
     dtype = getattr(config, "dtype", None) or torch.float32
-    if is_textual(config):
-        return build(files, text_class(config), config, lambda _: True, dtype)
-    return build(files, _llava(), config, _among((*_EDGE_KEYS, *_LANGUAGE_KEYS)), dtype)
+    cls = text_class(config) if is_textual(config) else multimodal_class(config)
+    return build(files, cls, config, lambda _: True, dtype)
 
 
 def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
-    """Divide a loaded ``LlavaForConditionalGeneration`` into its two sides; both share its tensors.
+    """Divide a loaded multimodal model into its two sides; both share its tensors.
 
     Args:
         model: the whole model; it is frozen and put into evaluation mode.
         name_or_path: where tokenizer and image processor are found.
+
+    Raises:
+        ModelError: it cannot be divided.
     """
     files = find_model(name_or_path)
     model.requires_grad_(False).eval()
@@ -157,26 +179,26 @@ def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
 
 
 def _edge_part(model: Any, config: Any, files: ModelFiles) -> EdgePart:
-    inner = model.model
-    modules: dict[str, nn.Module] = {
-        "vision_tower": inner.vision_tower,
-        "connector": inner.multi_modal_projector,
-        "token_embedding": inner.language_model.get_input_embeddings(),
-    }
+    sides = sides_of(model)
+    table = sides.decoder.get_input_embeddings()
     tokenizer = load_text_processor(files)
+    modules = {name: child for name, child in sides.inner.named_children() if name in sides.vision}
     return EdgePart(
-        **modules,
+        vision=Vision(sides.inner, sides.decoder, load_image_processor(files)),
+        token_embedding=table,
         tokenizer=tokenizer,
-        image_processor=_image_processor(files),
-        image_token_id=config.image_token_id,
-        feature_layer=config.vision_feature_layer,
-        feature_strategy=config.vision_feature_select_strategy,
+        place=image_place(config, tokenizer, files.name),
         hidden_size=config.text_config.hidden_size,
-        fingerprint=fingerprint(modules),
+        fingerprint=fingerprint({**modules, "token_embedding": table}),
     )
 
 
-def _image_processor(files: ModelFiles) -> Any:
+def load_image_processor(files: ModelFiles) -> Any:
+    """The model's image processor.
+
+    Raises:
+        ModelError: the model has none.
+    """
     from transformers import AutoImageProcessor
 
     try:
@@ -189,18 +211,19 @@ def _image_processor(files: ModelFiles) -> Any:
 
 
 def _language_part(model: Any, files: ModelFiles) -> LanguagePart:
-    text = model.config.text_config
+    sides, text = sides_of(model), model.config.text_config
     ids, pad = ending_ids(files, text, model.config)
-    decoder, head = model.model.language_model, model.lm_head
-    return LanguagePart(
-        decoder=decoder,
-        head=head,
-        hidden_size=text.hidden_size,
-        vocab_size=head.weight.shape[0],
-        max_positions=text.max_position_embeddings,
+    use, masks = image_use(model)
+    return language_part(
+        model,
+        sides.decoder,
+        sides.head,
+        text,
+        f"{files.name!r} ({type(model).__name__})",
         eos_token_ids=ids,
         pad_token_id=pad,
-        fingerprint=fingerprint({"decoder": decoder.layers, "norm": decoder.norm, "head": head}),
+        image_use=use,
+        image_masks=masks,
     )
 
 
@@ -213,11 +236,12 @@ def count_parameters(name_or_path: str) -> dict[str, int]:
     config = read_config(find_model(name_or_path))
     textual = is_textual(config)
     with torch.device("meta"):
-        model = (text_class(config) if textual else _llava())(config)
+        model = (text_class(config) if textual else multimodal_class(config))(config)
     model.tie_weights()
     edge = [model.get_input_embeddings()]
     if not textual:
-        edge += [model.model.vision_tower, model.model.multi_modal_projector]
+        sides = sides_of(model)
+        edge += [child for name, child in sides.inner.named_children() if name in sides.vision]
     return {
         "model": sum(parameter.numel() for parameter in model.parameters()),
         "edge": sum(parameter.numel() for part in edge for parameter in part.parameters()),

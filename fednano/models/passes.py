@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fednano.adapters.fused import kernels_for
 from fednano.models.blocks import Blocks
+from fednano.models.images import Images, decoder_inputs
 from fednano.models.layout import Layout, lay_out
 from fednano.models.memory import Cost, Memory, Part, PipelineMemory, plan, smaller
 
@@ -61,6 +62,7 @@ class Passes:
         labels: Tensor,
         objective: str,
         want_gradient: bool,
+        images: Images = (),
         launched: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Losses ``(B,)`` and, if wanted, the gradient ``(B, T, d)`` of their sum, outside of any graph.
@@ -71,6 +73,7 @@ class Passes:
             labels: ``(B, T)`` int64.
             objective: name of the token loss.
             want_gradient: whether to go backward.
+            images: of each sample.
             launched: called when the device has been told the way there, which takes the interpreter; may come again.
 
         Raises:
@@ -79,7 +82,8 @@ class Passes:
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
         lengths = mask.sum(1).tolist()
         parts = self.parts(lengths)
-        while (done := self._try(parts, embeds, mask, labels, objective, want_gradient, launched)) is None:
+        batch = embeds, mask, labels, objective, want_gradient, images, launched
+        while (done := self._try(parts, *batch)) is None:
             # The plan was wrong, or others took the memory meanwhile.
             parts = smaller(parts, len(lengths), len(self._blocks))
             if not parts:
@@ -132,10 +136,11 @@ class Passes:
         labels: Tensor,
         objective: str,
         want_gradient: bool,
+        images: Images = (),
         launched: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and gradient of some of a batch's samples, outside of any graph."""
-        layout = lay_out(mask[part.rows], labels[part.rows])
+        layout = lay_out(mask[part.rows], labels[part.rows], images[part.rows])
         rows = embeds.detach()[part.rows].requires_grad_(want_gradient)
         with torch.set_grad_enabled(want_gradient):
             losses = self._losses(rows, layout, objective, part.checkpoints)
@@ -143,18 +148,21 @@ class Passes:
             gradient = torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
             return losses.detach().to(self.device), gradient
 
-    def logits(self, embeds: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def logits(
+        self, embeds: Tensor, mask: Tensor, labels: Tensor, images: Images = ()
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """Logits at every labelled token, as a graph over the embeddings; for a batch that fits into memory whole.
 
         Args:
             embeds: ``(B, T, d)`` float.
             mask: ``(B, T)`` bool.
             labels: ``(B, T)`` int64, -100 where nothing is to be predicted.
+            images: of each sample.
 
         Returns:
             Logits ``(N, V)`` of the N labelled tokens, sample by sample; their labels ``(N,)``; how many each has.
         """
-        layout = lay_out(mask, labels)
+        layout = lay_out(mask, labels, images)
         found: Tensor = self._part.head(self.states(embeds, layout))
         targets = layout.targets.to(found.device, non_blocking=True)
         return found, targets, layout.counts
@@ -170,11 +178,9 @@ class Passes:
         """Hidden states ``(N, d)`` that predict the layout's labels, as a graph over ``embeds`` ``(B, T, d)``."""
         x = layout.align(embeds.to(self.device, self.dtype))  # (B, L, d)
         chosen = layout.chosen.to(self.device, non_blocking=True)
-        positions = torch.arange(x.shape[1], device=self.device).unsqueeze(0)
+        where = decoder_inputs(self._part.image_use, self._part.image_masks, x, layout.images)
         with self.turn, self._blocks.checkpointed(checkpoints):
-            out = self._part.decoder(
-                inputs_embeds=x, attention_mask=None, position_ids=positions, use_cache=False
-            )
+            out = self._part.decoder(inputs_embeds=x, use_cache=False, **where)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, chosen)
         return hidden.to(self._head_device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fednano.models.images import Images
 from fednano.models.layout import lay_out
 from fednano.models.memory import Part
 from fednano.models.passes import Passes
@@ -24,13 +25,17 @@ class HiddenStep:
         embeds: ``(B, T, d)`` on the model's device.
         mask: ``(B, T)`` on the CPU.
         labelled: ``(B, T)`` long on the CPU: 0 where a label is to be predicted, -100 elsewhere.
+        images: of each sample.
 
     Attributes:
         replayed: how often the way there was computed again.
     """
 
-    def __init__(self, passes: Passes, embeds: Tensor, mask: Tensor, labelled: Tensor) -> None:
+    def __init__(
+        self, passes: Passes, embeds: Tensor, mask: Tensor, labelled: Tensor, images: Images = ()
+    ) -> None:
         self._passes, self._embeds, self._mask, self._labelled = passes, embeds.detach(), mask, labelled
+        self._images = images
         self._graph: tuple[Tensor, Tensor] | None = None
         self.replayed = 0
 
@@ -65,7 +70,7 @@ class HiddenStep:
         self._graph = None
 
     def _forward(self, part: Part, graph: bool) -> tuple[Tensor, Tensor]:
-        layout = lay_out(self._mask[part.rows], self._labelled[part.rows])
+        layout = lay_out(self._mask[part.rows], self._labelled[part.rows], self._images[part.rows])
         rows = self._embeds[part.rows].detach().requires_grad_(graph)
         with torch.set_grad_enabled(graph):
             return rows, self._passes.states(rows, layout, part.checkpoints)

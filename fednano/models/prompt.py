@@ -13,7 +13,22 @@ from typing import Any
 from fednano.errors import ModelError
 from fednano.models.files import ModelFiles
 
-__all__ = ["Prompt", "build_prompt", "load_text_processor"]
+__all__ = ["ImagePlace", "Prompt", "build_prompt", "load_text_processor"]
+
+
+@dataclass(frozen=True)
+class ImagePlace:
+    """How a model's prompts mark an image.
+
+    Attributes:
+        token_id: of the token that stands for image features.
+        shown: what the chat template writes for an image.
+        whole: what becomes of that, with one token for all of the features.
+    """
+
+    token_id: int
+    shown: str
+    whole: str
 
 
 @dataclass(frozen=True)
@@ -62,12 +77,12 @@ def _processor_template(files: ModelFiles) -> str | None:
 
 
 def _render(
-    tokenizer: Any, question: str, image: bool, textual: bool, history: Sequence[tuple[str, str]]
+    tokenizer: Any, question: str, image: bool, place: ImagePlace | None, history: Sequence[tuple[str, str]]
 ) -> str:
     messages: list[dict[str, Any]] = []
     for role, said in (*history, ("user", question)):
         content: list[dict[str, str]] | str = said  # templates of text-only models know nothing else
-        if not textual:
+        if place is not None:
             first = image and role == "user" and not any(message["role"] == "user" for message in messages)
             # an image stands where the conversation begins
             content = [*([{"type": "image"}] if first else []), {"type": "text", "text": said}]
@@ -80,13 +95,14 @@ def _render(
     turns = [marks.get(role, "") + said for role, said in (*history, ("user", question))]
     if image:
         at = next(place for place, turn in enumerate(turns) if turn.startswith(marks["user"]))
-        turns[at] = f"{marks['user']}<image>\n{turns[at].removeprefix(marks['user'])}"
+        assert place is not None
+        turns[at] = f"{marks['user']}{place.shown}\n{turns[at].removeprefix(marks['user'])}"
     return " ".join([*turns, "ASSISTANT:"])
 
 
 def build_prompt(
     tokenizer: Any,
-    image_token_id: int,
+    place: ImagePlace | None,
     question: str,
     answer: str | None,
     *,
@@ -97,7 +113,7 @@ def build_prompt(
 
     Args:
         tokenizer: the model's tokenizer.
-        image_token_id: id of the image placeholder; -1 for a text-only model.
+        place: how prompts mark an image; ``None`` for a text-only model.
         question: the question, as text.
         answer: the answer to learn, or ``None`` for a prompt to generate from.
         image: whether the sample has an image.
@@ -106,12 +122,15 @@ def build_prompt(
     Raises:
         ModelError: the template yields no placeholder (or several) for an image.
     """
-    text = _render(tokenizer, question, image, image_token_id < 0, history)
+    text = _render(tokenizer, question, image, place, history)
+    if place is not None:
+        text = text.replace(place.shown, place.whole)
     ids: list[int] = tokenizer(text, add_special_tokens=not _starts_with_bos(tokenizer, text))["input_ids"]
-    placeholders = ids.count(image_token_id)
+    token_id = place.token_id if place is not None else -1
+    placeholders = ids.count(token_id)
     if placeholders != int(image):
         raise ModelError(
-            f"the model's prompt for {question!r} has {placeholders} image placeholders (token id {image_token_id}); "
+            f"the model's prompt for {question!r} has {placeholders} image placeholders (token id {token_id}); "
             f"expected {int(image)}. Questions must not contain the placeholder; else check the chat template."
         )
     if answer is None:

@@ -52,7 +52,9 @@ def generate_answers(
     def task(part: list[int]) -> Callable[[], Tensor]:
         with torch.no_grad():
             batch = edge([prompts[index] for index in part], features.get([samples[index] for index in part]))
-        return no_grad(lambda: llm.generate(batch.embeds, batch.mask, max_new_tokens, edge.embed_new))
+        return no_grad(
+            lambda: llm.generate(batch.embeds, batch.mask, max_new_tokens, edge.embed_new, batch.images)
+        )
 
     answers = [""] * len(samples)
     for part, ids in zip(parts, overlap(map(task, parts), width), strict=True):  # ids (B, max_new_tokens)
@@ -96,6 +98,6 @@ def answer_losses(
     def task(start: int) -> Callable[[], Tensor]:
         with torch.no_grad():
             batch = edge(*data.batch(range(start, min(start + batch_size, len(data)))))
-        return no_grad(lambda: llm.loss(batch.embeds, batch.mask, batch.labels).cpu())
+        return no_grad(lambda: llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).cpu())
 
     return torch.cat(list(overlap(map(task, range(0, len(data), batch_size)), width)))

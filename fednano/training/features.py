@@ -28,7 +28,7 @@ _WARM_SAMPLES = 4096
 
 
 class FeatureCache:
-    """Serve connector features ``(image_tokens, d)`` of images.
+    """Serve connector features of images, see `fednano.models.edge.EdgePart.encode`.
 
     Args:
         edge: the frozen edge that computes what is missing.
@@ -136,13 +136,11 @@ class FeatureCache:
             self._held -= evicted.nbytes
 
     def _encode(self, missing: dict[str, Path]) -> dict[str, Tensor]:
-        device = next(self._edge.token_embedding.parameters()).device
         result: dict[str, Tensor] = {}
         keys = list(missing)
         for start in range(0, len(keys), self._batch_size):
             part = keys[start : start + self._batch_size]
-            pixels = self._edge.preprocess([decode_image(missing[key]) for key in part])
-            features = self._edge.encode(pixels.to(device))
+            features = self._edge.encode(self._edge.preprocess([decode_image(missing[key]) for key in part]))
             for key, row in zip(part, features, strict=True):
                 result[key] = row.clone()
         self.encoded += len(keys)

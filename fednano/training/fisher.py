@@ -94,7 +94,7 @@ def _pulls(
     with torch.no_grad():
         batch = edge(prompts, features)
     embeds = batch.embeds.detach().requires_grad_(True)
-    losses = llm.loss(embeds, batch.mask, batch.labels, objective)  # (B,)
+    losses = llm.loss(embeds, batch.mask, batch.labels, objective, batch.images)  # (B,)
     tokens = (batch.labels != -100).sum(dim=1).to(losses) if by_token else torch.ones_like(losses)  # (B,)
     (grad,) = torch.autograd.grad((losses * tokens).sum(), embeds)  # (B, T, d): row i belongs to sample i
     return batch.raw, {stream: grad * batch.streams[stream].unsqueeze(-1) for stream in edge.layers}

@@ -175,7 +175,7 @@ def _adapt(
             flat = torch.cat([part.flatten() for stream in parts.streams for part in (stream.z, stream.up)])
             return flat, lambda: llm.factored_loss(parts, objective)
     batch = edge(prompts, features)
-    return batch.embeds, lambda: llm.loss(batch.embeds, batch.mask, batch.labels, objective)
+    return batch.embeds, lambda: llm.loss(batch.embeds, batch.mask, batch.labels, objective, batch.images)
 
 
 def round_samples(
@@ -194,7 +194,7 @@ def mean_loss(
     total = 0.0
     for start in range(0, len(indices), batch_size):
         batch = edge(*data.batch(indices[start : start + batch_size]))
-        total += float(llm.loss(batch.embeds, batch.mask, batch.labels).double().sum())
+        total += float(llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).double().sum())
     return total / len(indices)
 
 

@@ -65,7 +65,7 @@ def bridge_fisher(
         labels = batch.labels if end else without_end(batch.labels, edge.edge.tokenizer.eos_token_id)
         embeds = batch.embeds.detach().requires_grad_(True)
         tokens = (labels != -100).sum(dim=1)  # (B,)
-        losses = llm.loss(embeds, batch.mask, labels)
+        losses = llm.loss(embeds, batch.mask, labels, images=batch.images)
         (gradient,) = torch.autograd.grad((losses * tokens.to(losses)).sum(), embeds)  # (B, T, d)
         for stream in total:
             for row, g, x in zip(batch.streams[stream], gradient, batch.raw, strict=True):

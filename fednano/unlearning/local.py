@@ -103,7 +103,7 @@ def refusals(data: ClientData, edge: NanoEdge, features: FeatureCache) -> Client
 def _nll(edge: NanoEdge, llm: LanguageModel, batch: Composed, *, end: bool) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each answer ``(B,)``, summed over tokens, and their numbers ``(B,)``."""
     labels = batch.labels if end else without_end(batch.labels, edge.edge.tokenizer.eos_token_id)
-    losses = llm.loss(batch.embeds, batch.mask, labels)
+    losses = llm.loss(batch.embeds, batch.mask, labels, images=batch.images)
     tokens = (labels != -100).sum(dim=1).to(losses)
     return losses * tokens, tokens
 
@@ -209,11 +209,11 @@ def steps(
             batch = compose(kept, indices)
             if retain_kind == "kl":
                 local = require_local(llm, "the method 'kl'")
-                logits, _, counts = local.token_logits(batch.embeds, batch.mask, batch.labels)
+                logits, _, counts = local.token_logits(batch.embeds, batch.mask, batch.labels, batch.images)
                 each = kl_divergence(logits, looking_back[number])
                 terms["retain"] = torch.stack([part.mean() for part in torch.split(each, counts)]).mean()
             else:
-                terms["retain"] = llm.loss(batch.embeds, batch.mask, batch.labels).mean()
+                terms["retain"] = llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).mean()
             samples += len(indices)
         if not terms:
             break
@@ -278,11 +278,11 @@ def _forget_term(
     if method.forget == "refusal":
         assert refusal is not None
         batch = compose(refusal, indices)
-        return llm.loss(batch.embeds, batch.mask, batch.labels).mean()
+        return llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).mean()
     batch = compose(forget, indices)
     if method.forget in ("inverted_hinge", "gradient_ascent"):
         labels = without_end(batch.labels, edge.edge.tokenizer.eos_token_id)
-        return llm.loss(batch.embeds, batch.mask, labels, method.forget).mean()
+        return llm.loss(batch.embeds, batch.mask, labels, method.forget, batch.images).mean()
     nll, tokens = _nll(edge, llm, batch, end=False)
     if method.forget == "simnpo":
         return simnpo(nll, tokens, settings.simnpo_beta).mean()
@@ -305,7 +305,7 @@ def _reference_logits(
     found = []
     for indices in batches:
         batch = edge(*data.batch(indices))
-        found.append(local.token_logits(batch.embeds, batch.mask, batch.labels)[0])
+        found.append(local.token_logits(batch.embeds, batch.mask, batch.labels, batch.images)[0])
     edge.load_travelling(current)
     return found
 

@@ -49,7 +49,7 @@ def token_scores(
     for start in range(0, len(data), batch_size):
         batch = edge(*data.batch(range(start, min(start + batch_size, len(data)))))
         labels = without_end(batch.labels, edge.edge.tokenizer.eos_token_id)
-        for rows in llm.score(batch.embeds, batch.mask, labels):
+        for rows in llm.score(batch.embeds, batch.mask, labels, batch.images):
             own, right, mean, deviation, rival = (column.numpy() for column in rows.unbind(1))
             found.append(TokenScores(own, right != 0, mean, deviation, rival))
     return found
@@ -98,9 +98,8 @@ def extraction_likelihoods(
         part = asked[first : first + batch_size]
         batch = edge([each.prompt for each in part], [row for each in part for row in each.features])
         longest = max(len(answers[each.sample]) - each.start for each in part)
-        for each, tokens in zip(
-            part, llm.generate(batch.embeds, batch.mask, longest, edge.embed_new).tolist(), strict=True
-        ):
+        found = llm.generate(batch.embeds, batch.mask, longest, edge.embed_new, batch.images)
+        for each, tokens in zip(part, found.tolist(), strict=True):
             said[each.sample][each.start] = tokens[: len(answers[each.sample]) - each.start]
     return [extraction_likelihood(answer, own, n=n) for answer, own in zip(answers, said, strict=True)]
 

@@ -57,7 +57,9 @@ def logits(edge: NanoEdge, whole: Any) -> tuple[torch.Tensor, torch.Tensor]:
             ids: list[int] = []
             for token in prompt.ids:
                 ids += [token] * (len(features) if token == edge.edge.image_token_id else 1)
-            whole_out = whole(input_ids=torch.tensor([ids]), pixel_values=pixels.to(whole.dtype))
+            whole_out = whole(
+                input_ids=torch.tensor([ids]), pixel_values=pixels["pixel_values"].to(whole.dtype)
+            )
             there.append(whole_out.logits[0, -1])
     return torch.stack(here), torch.stack(there)
 

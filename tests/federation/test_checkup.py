@@ -32,7 +32,7 @@ def test_sizes_and_bytes_are_those_of_the_model(settings: dict[str, Any]) -> Non
     assert found["model adapter"].facts["trained"] == edge.parameter_count()
     assert found["wire adapters"].facts["each_way"] == sum(t.nbytes for t in edge.travelling().values())
     pixels = edge.edge.preprocess([__import__("PIL.Image").Image.new("RGB", (64, 64))])
-    assert sizes["image_tokens"] == edge.edge.encode(pixels).shape[1]
+    assert sizes["image_tokens"] == len(edge.edge.encode(pixels)[0])
     assert found["data train"].facts["samples"] == 160
     tokens = found["wire activations"].facts["tokens"]
     assert found["wire activations"].facts["up"] == pytest.approx(tokens * edge.edge.hidden_size * 4)

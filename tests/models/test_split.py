@@ -115,10 +115,10 @@ def test_loaded_sides_give_the_whole_models_losses(
     edge, language = load_edge(str(folder)), load_language(str(folder))
     nano = NanoEdge(edge, {"image": create("nano", rank=2), "text": create("nano", rank=2)}, seed=0)
     prompts, pixels = sample(whole, [1, 4, 7], seed=1)
-    features = edge.encode(pixels)
+    features = edge.encode({"pixel_values": pixels})
     batch = nano(prompts, list(features))
     got = LocalLLM(language).loss(batch.embeds, batch.mask, batch.labels)
-    expected = whole_losses(whole, prompts, pixels, features.shape[1])
+    expected = whole_losses(whole, prompts, pixels, features[0].shape[0])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -130,12 +130,12 @@ def test_generation_equals_the_whole_models(decoder: str, folders: dict[tuple[st
     nano = NanoEdge(edge, {"image": create("nano", rank=2)}, seed=0)
     prompts, pixels = sample(whole, [2, 6], seed=3)
     prompts = [Prompt(prompt.ids, ()) for prompt in prompts]
-    features = edge.encode(pixels)
+    features = edge.encode({"pixel_values": pixels})
     batch = nano(prompts, list(features))
     got = LocalLLM(language).generate(batch.embeds, batch.mask, 5)
     for row, (prompt, image) in enumerate(zip(prompts, pixels, strict=True)):
         ids = [
-            i for p in prompt.ids for i in ([p] if p != IMAGE_TOKEN else [IMAGE_TOKEN] * features.shape[1])
+            i for p in prompt.ids for i in ([p] if p != IMAGE_TOKEN else [IMAGE_TOKEN] * features[0].shape[0])
         ]
         out = whole.generate(
             input_ids=torch.tensor([ids]),
@@ -168,7 +168,7 @@ def test_adapter_gradients_equal_those_inside_the_whole_model(
             nano.layer(stream).theta["B"].normal_(generator=torch.Generator().manual_seed(seed))
     prompts, pixels = sample(whole, lengths, seed)
     pixels = pixels.double()
-    features = edge.encode(pixels)
+    features = edge.encode({"pixel_values": pixels})
     batch = nano(prompts, list(features))
     LocalLLM(language).loss(batch.embeds, batch.mask, batch.labels).mean().backward()
     got = {name: parameter.grad.clone() for name, parameter in nano.layers.named_parameters()}
@@ -183,7 +183,7 @@ def test_adapter_gradients_equal_those_inside_the_whole_model(
     if "text" in streams:
         hooks.append(whole.model.language_model.embed_tokens.register_forward_hook(adapt("text")))
     try:
-        whole_losses(whole, prompts, pixels, features.shape[1]).mean().backward()
+        whole_losses(whole, prompts, pixels, features[0].shape[0]).mean().backward()
     finally:
         for hook in hooks:
             hook.remove()

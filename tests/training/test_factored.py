@@ -187,6 +187,29 @@ def test_what_the_host_let_go_of_is_sent_again(parts: Parts, samples: list[Sampl
             remote.factored_loss(batch)
 
 
+def test_a_sample_is_encoded_and_hashed_once(
+    parts: Parts, host: RunningHost, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fednano.host.factored_client as exchange
+
+    hashed: list[bytes] = []
+    make = exchange.sample_key
+    monkeypatch.setattr(exchange, "sample_key", lambda *parts: hashed.append(make(*parts)) or hashed[-1])
+    nano = edge_with(parts, "nano", rank=2)
+    data = ClientData(samples, nano, FeatureCache(nano.edge))
+    with RemoteLLM(host.address, insecure=True, factored=True) as remote:
+        for indices in ([0, 1], [1, 2], [2, 0]):
+            _, got, _, _ = full_and_factored(nano, parts[1], remote, data, indices, torch.ones(2))
+            assert got
+        assert len(hashed) == 3
+        # Equal questions about different images are different samples.
+        prompts, features = data.batch([0, 0])
+        assert features[0] is not None
+        other = nano.factor(prompts, [features[0], features[0] + 1])
+        assert other is not None
+        assert other.names[0] != other.names[1]
+
+
 def test_another_bearer_cannot_use_what_one_keeps(parts: Parts, samples: list[Sample]) -> None:
     nano = edge_with(parts, "nano", rank=2)
     data = ClientData(samples, nano, FeatureCache(nano.edge))
@@ -235,6 +258,7 @@ def test_kept_samples_spill_to_disk_and_stay_within_bounds() -> None:
             torch.full((4, 8), float(value)),
             torch.full((4,), value, dtype=torch.int32),
             torch.ones(4, dtype=torch.uint8),
+            torch.tensor([[0, 1, value + 1]], dtype=torch.int32),
         )
 
     size = sample(0).nbytes
@@ -249,6 +273,7 @@ def test_kept_samples_spill_to_disk_and_stay_within_bounds() -> None:
         assert found is not None
         assert torch.equal(found.rows, sample(value).rows)
         assert torch.equal(found.labels, sample(value).labels)
+        assert torch.equal(found.images, sample(value).images)
     kept.close()
     assert kept.counters()["kept_samples"] == 0
     with pytest.raises(ConfigError):

@@ -22,23 +22,37 @@ FLOAT16: DType
 INT8: DType
 
 class Packed(_message.Message):
-    __slots__ = ("dtype", "hidden_size", "lengths", "scale")
+    __slots__ = ("dtype", "hidden_size", "lengths", "scale", "images")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     hidden_size: int
     lengths: _containers.RepeatedScalarFieldContainer[int]
     scale: float
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_size: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., scale: _Optional[float] = ...) -> None: ...
+    images: _containers.RepeatedCompositeFieldContainer[ImageSpan]
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., hidden_size: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ..., scale: _Optional[float] = ..., images: _Optional[_Iterable[_Union[ImageSpan, _Mapping]]] = ...) -> None: ...
+
+class ImageSpan(_message.Message):
+    __slots__ = ("sample", "start", "height", "width")
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    sample: int
+    start: int
+    height: int
+    width: int
+    def __init__(self, sample: _Optional[int] = ..., start: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("fingerprint", "hidden_size", "vocab_size", "max_positions", "dtype", "eos_token_ids", "pad_token_id", "objectives", "limits", "version")
+    __slots__ = ("fingerprint", "hidden_size", "vocab_size", "max_positions", "dtype", "eos_token_ids", "pad_token_id", "objectives", "limits", "version", "images")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +63,7 @@ class DescribeReply(_message.Message):
     OBJECTIVES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
     hidden_size: int
     vocab_size: int
@@ -59,7 +74,8 @@ class DescribeReply(_message.Message):
     objectives: _containers.RepeatedScalarFieldContainer[str]
     limits: Limits
     version: str
-    def __init__(self, fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_positions: _Optional[int] = ..., dtype: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pad_token_id: _Optional[int] = ..., objectives: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+    images: str
+    def __init__(self, fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_positions: _Optional[int] = ..., dtype: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pad_token_id: _Optional[int] = ..., objectives: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[str] = ..., images: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_batch", "max_tokens", "max_new_tokens", "max_request_bytes")

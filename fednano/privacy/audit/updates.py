@@ -215,7 +215,7 @@ def _losses(edge: NanoEdge, llm: LanguageModel, data: ClientData, leaves: Leaves
     with torch.no_grad():
         for start in range(0, len(data), _BATCH):
             batch = edge(*data.batch(list(range(start, min(start + _BATCH, len(data))))))
-            parts.append(llm.loss(batch.embeds, batch.mask, batch.labels).double())
+            parts.append(llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).double())
     return torch.cat(parts)
 
 
@@ -225,6 +225,6 @@ def _gradient(edge: NanoEdge, llm: LanguageModel, data: ClientData, leaves: Leav
     edge.load_travelling(leaves)
     named = {name: leaf for name, leaf in adapter_leaves(edge).items() if leaf.requires_grad}
     batch = edge(*data.batch(list(range(len(data)))))
-    loss = llm.loss(batch.embeds, batch.mask, batch.labels).mean()
+    loss = llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).mean()
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     return {name: g.double() for name, g in zip(named, gradients, strict=True)}

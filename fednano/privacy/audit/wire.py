@@ -154,6 +154,8 @@ def images_from_features(
             with torch.no_grad():
                 batch = edge(*data.batch([index]))
             rows.append(batch.embeds[0][batch.streams["image"][0]])
+        if len({len(row) for row in rows}) > 1:
+            return [], None  # images of different numbers of tokens
         inputs[name] = torch.stack(rows).float()  # (n, tokens, d)
         side = math.isqrt(inputs[name].shape[1])
         if side * side != inputs[name].shape[1]:

@@ -226,7 +226,9 @@ def test_extraction_likelihood_of_a_model_that_only_knows_its_own_words(
     class Parrot:
         """Continues every prompt with what follows in the answer."""
 
-        def generate(self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: Any) -> Tensor:
+        def generate(
+            self, embeds: Tensor, mask: Tensor, max_new_tokens: int, embed: Any, images: Any
+        ) -> Tensor:
             starts = mask.sum(1) - len(prompt.ids)
             rows = [list(answer[int(start) :]) for start in starts]
             return torch.tensor([row + [0] * (max_new_tokens - len(row)) for row in rows])
