@@ -34,7 +34,7 @@ Setting = bool | int | float | str
 
 def _settings(config: str | Path | None, settings: dict[str, Setting]) -> dict[str, Any]:
     """What a file says, with what was given besides on top; under the names of ``RunConfig``."""
-    from fednano.federation.config import read_recipe
+    from fednano.federation.recipe import read_recipe
 
     found = {} if config is None else read_recipe(Path(config))
     return {key.replace("-", "_"): value for key, value in found.items()} | settings

@@ -34,8 +34,9 @@ from typing import Any
 
 from fednano.aggregation import rule_names
 from fednano.errors import FednanoError
-from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.config import RunConfig
 from fednano.federation.model import settled
+from fednano.federation.recipe import parse_settings
 from fednano.runs.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]

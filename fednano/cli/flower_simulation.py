@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fednano.errors import ConfigError
-from fednano.federation.config import OTHER_WORK, RunConfig, parse_settings
+from fednano.federation.config import OTHER_WORK, RunConfig
+from fednano.federation.recipe import parse_settings
 
 __all__ = ["main", "run_app"]
 

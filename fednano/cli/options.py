@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fednano.federation.config import RunConfig, read_recipe
+from fednano.federation.config import RunConfig
+from fednano.federation.recipe import read_recipe
 
 __all__ = ["settings_options"]
 

@@ -10,10 +10,11 @@ from fednano.aggregation import Rule, Spec, check_combination, create_rule
 from fednano.aggregation.drift import Scaffold
 from fednano.aggregation.robust import Bulyan
 from fednano.errors import ConfigError
-from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.config import RunConfig
 from fednano.federation.judging import judge_all, record_accuracy
 from fednano.federation.model import gathers
 from fednano.federation.private import check_private
+from fednano.federation.recipe import parse_settings
 from fednano.federation.rounds import Federation, Leaves, PhaseResult, run_pooled, run_rounds, run_separate
 from fednano.federation.schedules import check_schedules
 from fednano.federation.secure import check_secure

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fednano.data.options import DataOptions
 from fednano.errors import ConfigError
-from fednano.federation.faults import parse_faults
-from fednano.tracking.registry import check_names
+from fednano.federation.ranges import check_together, check_values, hyphenated
+from fednano.federation.recipe import parse_settings
 
 __all__ = [
     "AUTO",
@@ -29,18 +24,12 @@ __all__ = [
     "RunConfig",
     "Scalar",
     "check_backend",
-    "parse_settings",
-    "read_recipe",
 ]
 
 Scalar = bool | int | float | str
 
 AUTO = "auto"
 """The merge rule that the adapter's algebra asks for."""
-
-_WORDS = re.compile(
-    r"""[^\s"']+(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s"'])*|\S+"""
-)  # a quoted value may hold spaces
 
 BACKENDS = ("ray", "inprocess")
 """How a simulation runs its clients. ``ray``: Flower's simulation engine, one worker per core. ``inprocess``: no
@@ -49,52 +38,6 @@ start-up cost, one client at a time."""
 OTHER_WORK = "unlearn"
 """Key beside the settings of a run in the app's run configuration: names a finished run whose unlearning queue is to be
 worked on, instead of tuning."""
-
-
-def parse_settings(text: str, where: str) -> dict[str, Any]:
-    """``'rounds=3 rule="fisher"'`` as TOML values, the way `flwr run --run-config` writes them.
-
-    Args:
-        text: settings, separated by spaces.
-        where: what the text is, for the error message.
-
-    Raises:
-        ConfigError: the text is not a list of settings.
-    """
-    settings: dict[str, Any] = {}
-    for word in _WORDS.findall(text):
-        try:
-            settings |= tomllib.loads(word)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(
-                f"{where} has {word!r}; expected settings such as 'rounds=3 rule=\"fisher\"' ({error})."
-            ) from error
-    return settings
-
-
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The settings in a TOML file: in the table ``tool.flwr.app.config`` of a Flower app, else at its top.
-
-    Raises:
-        ConfigError: there is no such file, or it is no TOML.
-    """
-    try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"the settings file {file} cannot be read: {error.strerror}. Check the path."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the settings file {file} is not TOML: {error}.") from error
-    table: Any = found
-    for key in ("tool", "flwr", "app", "config"):
-        if not isinstance(table, dict) or key not in table:
-            table = None if "tool" in found else found
-            break
-        table = table[key]
-    if not isinstance(table, dict):
-        raise ConfigError(f"{file} has no table [tool.flwr.app.config]. Write the settings there.")
-    return table
 
 
 def check_backend(name: str) -> None:
@@ -294,88 +237,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            _check_type(spec, getattr(self, spec.name))
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{_hyphen(name)} is {value}; expected at least {least}.")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{_hyphen(name)} is {value}; expected a positive number.")
-        for name in _NON_NEGATIVE:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{_hyphen(name)} is {value}; expected 0 or a positive number.")
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{_hyphen(name)} is {value!r}; expected one of {', '.join(allowed)}.")
-        if self.exchange == "factored" and self.wire_dtype == "float16":
-            raise ConfigError(
-                "the factored exchange does not travel as float16; set wire-dtype to bfloat16 or int8."
-            )
-        self._check_shares()
-        self._check_schedules()
-        parse_settings(self.adapter_options, "adapter-options")
-        parse_settings(self.rule_options, "rule-options")
-        parse_settings(self.codec_options, "codec-options")
-        self._check_data()
-        check_names(self.track)
-        parse_faults(self.faults)
-        names = self.stream_names
-        if not names or any(name not in ("image", "text") for name in names) or len(set(names)) != len(names):
-            raise ConfigError(f"streams is {self.streams!r}; expected 'image', 'text' or 'image,text'.")
-
-    def _check_data(self) -> None:
-        DataOptions.from_mapping(parse_settings(self.data_options, "data-options"))
-        if self.partition == "column" and not self.partition_by:
-            raise ConfigError(
-                "partition is 'column', and partition-by names none. Set it to a column, such as 'hospital'."
-            )
-        if self.partition_by and self.partition not in ("column", "dirichlet"):
-            raise ConfigError(
-                f"partition-by is {self.partition_by!r}, which partition {self.partition!r} does not use. Set "
-                "partition to 'column' or 'dirichlet', or leave partition-by out."
-            )
-
-    def _check_shares(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction is {self.fraction}; expected a number above 0 and at most 1.")
-        if not 0 <= self.holdout < 1:
-            raise ConfigError(f"holdout is {self.holdout}; expected a number from 0 to below 1.")
-        if not 0.5 < self.secure_threshold <= 1:
-            raise ConfigError(
-                f"secure-threshold is {self.secure_threshold}; expected a number above 0.5 and at most 1."
-            )
-        if not self.dp_delta < 1:
-            raise ConfigError(f"dp-delta is {self.dp_delta}; expected a number below 1, such as 1e-05.")
-        if not 0 < self.lr_final <= 1:
-            raise ConfigError(f"lr-final is {self.lr_final}; expected a number above 0 and at most 1.")
-
-    def _check_schedules(self) -> None:
-        if any(not 1 <= rank <= self.rank for rank in self.own_ranks):
-            raise ConfigError(
-                f"client-ranks is {self.client_ranks!r}; expected ranks from 1 to rank, which is {self.rank}. Give the "
-                "server the largest rank of all clients."
-            )
-        if self.own_ranks and (self.rank_steps or self.late == "buffer"):
-            raise ConfigError(
-                "client-ranks goes neither with rank-schedule nor with late 'buffer': an update of another rank or "
-                "round could not be told from a wrong one. Leave one of them out."
-            )
-        if self.evaluate_clients_every and not self.holdout:
-            raise ConfigError("evaluate-clients-every needs samples that clients hold out; holdout is 0.")
-        if (self.early_stop or self.keep == "best") and not (
-            self.evaluate_every or self.evaluate_clients_every
-        ):
-            raise ConfigError(
-                "early-stop and keep 'best' go by evaluations between rounds, and there are none. Set "
-                "evaluate-clients-every or evaluate-every."
-            )
-        if any(rank < 1 or start < 1 for start, rank in self.rank_steps):
-            raise ConfigError(f"rank-schedule is {self.rank_schedule!r}; expected rounds and ranks from 1.")
+        check_values(self)
+        check_together(self)
 
     @property
     def adapter_settings(self) -> dict[str, Scalar]:
@@ -433,80 +296,26 @@ class RunConfig:
         Raises:
             ConfigError: unknown key, wrong type, or a value out of range.
         """
-        known = {_hyphen(spec.name): spec for spec in dataclasses.fields(cls)}
-        unknown = [key for key in values if _hyphen(key) not in known]
+        known = {hyphenated(spec.name): spec for spec in dataclasses.fields(cls)}
+        unknown = [key for key in values if hyphenated(key) not in known]
         if unknown:
-            near = difflib.get_close_matches(_hyphen(unknown[0]), known, n=1)
+            near = difflib.get_close_matches(hyphenated(unknown[0]), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known settings: {', '.join(sorted(known))}."
             raise ConfigError(f"unknown setting {unknown[0]!r}.{hint}")
         return cls(
-            **{known[_hyphen(key)].name: _widen(known[_hyphen(key)], value) for key, value in values.items()}
+            **{
+                known[hyphenated(key)].name: _widen(known[hyphenated(key)], value)
+                for key, value in values.items()
+            }
         )
 
     def to_mapping(self) -> dict[str, Scalar]:
         """All settings under hyphenated keys."""
-        return {_hyphen(spec.name): getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        return {hyphenated(spec.name): getattr(self, spec.name) for spec in dataclasses.fields(self)}
 
     def changed(self, **changes: Any) -> RunConfig:
         """A copy with some settings replaced, validated again."""
         return dataclasses.replace(self, **changes)
-
-
-_AT_LEAST = {
-    "clients": 1,
-    "rank": 1,
-    "rounds": 1,
-    "samples": 1,
-    "batch_size": 1,
-    "fisher_samples": 1,
-    "min_replies": 1,
-    "host_workers": 1,
-    "threads": 1,
-    "evaluate_every": 0,
-    "gather_samples": 1,
-    "host_batch_tokens": 0,
-    "evaluate_samples": 0,
-    "final_samples": 0,
-    "evaluate_clients_every": 0,
-    "early_stop": 0,
-    "max_new_tokens": 0,
-    "seed": 0,
-}
-_POSITIVE = (
-    *("alpha", "learning_rate", "max_abs", "round_timeout", "join_timeout", "host_retry"),
-    *("dp_clip", "dp_noise", "dp_delta"),
-)
-_NON_NEGATIVE = (
-    "weight_decay",
-    "proximal_mu",
-    "clip_norm",
-    "over_select",
-    "staleness",
-    "max_norm",
-    "dp_epsilon",
-)
-_CHOICES = {
-    "partition": ("dirichlet", "iid", "column", "folders", "linear", "square", "exponential"),
-    "metric": (*("auto", "exact-match", "vqa", "choice", "token-f1", "macro-f1", "rouge-l", "entity-f1"),),
-    "data_kind": (
-        *("auto", "vqa", "multiple-choice", "instruction"),
-        *("text-classification", "token-classification", "image-classification"),
-    ),
-    "activation": ("linear", "gelu"),
-    "optimizer": ("adam", "adamw", "sgd"),
-    "late": ("drop", "buffer"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "keep": ("last", "best"),
-    "codec": ("fp32", "bf16", "fp16", "int8", "int4", "sign", "topk", "dct"),
-    "dp": ("off", "client", "sample"),
-    "placement": ("split", "local"),
-    "exchange": ("full", "factored", "label-private"),
-    "wire_dtype": ("float32", "bfloat16", "float16", "int8"),
-}
-
-
-def _hyphen(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _widen(spec: dataclasses.Field[Any], value: Any) -> Any:
@@ -514,14 +323,3 @@ def _widen(spec: dataclasses.Field[Any], value: Any) -> Any:
     if spec.type == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
-
-
-def _check_type(spec: dataclasses.Field[Any], value: Any) -> None:
-    expected = {"bool": bool, "int": int, "float": float, "str": str}[str(spec.type)]
-    if type(value) is not expected:
-        raise ConfigError(
-            f"{_hyphen(spec.name)} is {value!r} ({type(value).__name__}); expected {expected.__name__}, "
-            f"for example {spec.default!r}."
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{_hyphen(spec.name)} is {value}; expected a finite number.")

@@ -17,8 +17,9 @@ from fednano.adapters import options as adapter_options
 from fednano.aggregation import default_rule
 from fednano.data import KINDS, Dataset, Sample, load_dataset, partition, split_holdout
 from fednano.errors import ConfigError, DataError, HostRefused
-from fednano.federation.config import AUTO, RunConfig, parse_settings
+from fednano.federation.config import AUTO, RunConfig
 from fednano.federation.messages import HostTicket
+from fednano.federation.recipe import parse_settings
 from fednano.host import RemoteLLM
 from fednano.models.edge import EdgePart, NanoEdge
 from fednano.models.language import LanguageModel

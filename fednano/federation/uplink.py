@@ -21,7 +21,8 @@ from fednano.aggregation import (
     encode_fisher,
 )
 from fednano.errors import ConfigError
-from fednano.federation.config import RunConfig, Scalar, parse_settings
+from fednano.federation.config import RunConfig, Scalar
+from fednano.federation.recipe import parse_settings
 
 __all__ = [
     "PLAIN",

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fednano.aggregation import Rule, Update, create_rule, validate
 from fednano.errors import ConfigError, Interrupted
-from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.config import RunConfig
 from fednano.federation.model import settled
+from fednano.federation.recipe import parse_settings
 from fednano.federation.server import spec_of
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel

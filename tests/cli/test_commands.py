@@ -18,7 +18,8 @@ from fednano.cli.commands import app
 from fednano.cli.failure import EXIT_HOST, EXIT_INTERRUPTED, EXIT_MISTAKE, reported
 from fednano.cli.flower_simulation import run_app
 from fednano.errors import ConfigError, HostUnavailable, Interrupted, RunError
-from fednano.federation.config import RunConfig, parse_settings
+from fednano.federation.config import RunConfig
+from fednano.federation.recipe import parse_settings
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]

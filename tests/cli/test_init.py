@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from fednano.cli.commands import app
 from fednano.cli.init import scaffold
 from fednano.errors import ConfigError, DataError
-from fednano.federation.config import RunConfig, read_recipe
+from fednano.federation.config import RunConfig
 from fednano.federation.model import load_data
+from fednano.federation.recipe import read_recipe
 
 RUNNER = CliRunner()
 
