@@ -29,6 +29,7 @@ import torch
 from fednano.errors import ConfigError, HostRefused
 from fednano.host.jobs import Job, Outcome, Reply, compute_jobs
 from fednano.host.lane import Lane
+from fednano.host.logs import event
 from fednano.host.pool import ComputePool
 from fednano.host.stats import Stats
 from fednano.models.language import LocalLLM
@@ -57,12 +58,14 @@ class Ask:
         want_gradient: whether to go backward.
         lengths: tokens of each sample.
         prepare: makes the job of the received bytes; raises what is wrong with them.
+        request: its name, for the log.
     """
 
     objective: str
     want_gradient: bool
     lengths: Sequence[int]
     prepare: Callable[[], Job]
+    request: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,14 @@ class StepBatcher:
             return
         self._free_since = time.monotonic()
         self._pass_seconds = self._free_since - began
+        event(
+            log,
+            "pass",
+            requests=[request.ask.request for request in batch],
+            samples=sum(request.samples for request in batch),
+            tokens=sum(sum(request.ask.lengths) for request in batch),
+            ms=round(1000 * self._pass_seconds),
+        )
         if self._lane.apart and self._waiting_tokens() >= _ENOUGH_TOKENS:
             # Nobody is waited for then: the next pass comes before these replies, see `_launched`.
             self._running -= {task for task in (asyncio.current_task(),) if task is not None}

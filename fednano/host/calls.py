@@ -32,6 +32,7 @@ import torch
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
 from fednano.host.limits import HostLimits
+from fednano.host.logs import event
 from fednano.host.names import MISSING_KEY, REASON_KEY
 from fednano.host.pool import BusyError
 from fednano.host.quota import Quotas
@@ -156,7 +157,8 @@ class Calls:
         more: tuple[tuple[str, str], ...] = (),
     ) -> NoReturn:
         self._stats.add(f"refused_{reason}")
-        log.info("%s refused (%s): %s", trace, reason, text)
+        event(log, "request refused", **trace.fields(), reason=reason)
+        log.debug("%s refused (%s): %s", trace, reason, text)
         await context.abort(code, text, ((REASON_KEY, reason), *more))
         raise AssertionError("unreachable")
 
@@ -175,6 +177,17 @@ class Trace:
     def bearer(self) -> str:
         """Whom the call is counted for."""
         return self.claims.bearer
+
+    def fields(self) -> dict[str, object]:
+        """For `fednano.host.logs.event`."""
+        spent = round(1000 * (time.monotonic() - self.began))
+        return {
+            "call": self.call,
+            "request": self.request,
+            "client": self.bearer or self.peer,
+            "peer": self.peer,
+            "ms": spent,
+        }
 
     def __str__(self) -> str:
         return f"{self.call} {self.request!r} of {self.peer}"

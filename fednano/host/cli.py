@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import base64
 import json
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from fednano.errors import ConfigError, FednanoError
 from fednano.host.limits import HostLimits
+from fednano.host.logs import configure
 from fednano.host.options import parser
 from fednano.host.security import HostSecurity, RunTokens, StaticTokens
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
 
         return bench(words[1:])
     options = parser().parse_args(words)
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(options.log_format, options.log_level)
     stop = _StopSwitch()
     try:
         tokens = _managed_tokens(stop) if options.managed else []

@@ -62,6 +62,8 @@ def make_model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:
     llm = LocalLLM(part, compiled=options.compile, memory=memory)
     if options.compile or gpu:
         llm.passes.warm_up()
+    else:
+        llm.passes.first()
     return llm
 
 

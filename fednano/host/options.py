@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fednano.host.limits import HostLimits
+from fednano.host.logs import FORMATS
 
 __all__ = ["parser"]
 
@@ -117,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="serve counters for Prometheus at http://HOST:PORT/metrics",
     )
+    add("--log-format", default="text", choices=FORMATS, help="of lines on stderr (%(default)s)")
     add("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"), help="(%(default)s)")
     add(
         "--managed",

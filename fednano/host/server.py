@@ -16,11 +16,12 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from fednano.errors import ConfigError
 from fednano.host.kept import KeptSamples
 from fednano.host.limits import HostLimits
-from fednano.host.names import CHUNK_BYTES
+from fednano.host.names import CHUNK_BYTES, SERVICE
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import HostSecurity
@@ -146,6 +147,8 @@ class HostServer:
         server = grpc.aio.server(options=_OPTIONS)
         pb_grpc.add_LanguageHostServicer_to_server(self._service, _Bytes(server))  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        # Clients such as grpcurl ask a server for its schema; it is no secret.
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             if self._credentials is None:
                 port = server.add_insecure_port(self._listen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from fednano.host.jobs import Reply
 from fednano.host.kept import KeptSample, KeptSamples
 from fednano.host.lane import Lane
 from fednano.host.limits import HostLimits
+from fednano.host.logs import event
 from fednano.host.names import CHUNK_BYTES, LABEL_BYTES
 from fednano.host.pool import ComputePool
 from fednano.host.private_compute import Graphs, PrivateStep, check_labelled
@@ -118,6 +118,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     header.want_gradient,
                     header.embeds.lengths,
                     lambda: step_job(self._llm, header, buffer),
+                    header.request_id[:64],
                 )
                 await self._reply(context, "step", await self._steps.run(ask, trace.peer))
             self._count(trace, header.embeds.lengths)
@@ -217,6 +218,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     header.want_gradient,
                     lengths,
                     lambda: factored_job(self._llm, header, samples, buffer),
+                    header.request_id[:64],
                 )
                 await self._reply(context, "factored_step", await self._steps.run(ask, trace.peer))
             self._count(trace, lengths)
@@ -322,4 +324,4 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         self._stats.add(f"{trace.call}_done")
         self._stats.add(f"{trace.call}_samples", samples)
         self._stats.add(f"{trace.call}_tokens", tokens)
-        log.debug("%s: %d samples, %d tokens, %.3f s", trace, samples, tokens, time.monotonic() - trace.began)
+        event(log, "request done", **trace.fields(), samples=samples, tokens=tokens)

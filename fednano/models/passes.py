@@ -100,6 +100,13 @@ class Passes:
         except torch.OutOfMemoryError:
             return None
 
+    def first(self) -> None:
+        """Run a short pass, so that the first request does not pay for what torch sets up then."""
+        tokens = min(2, self._part.max_positions)
+        embeds = torch.zeros(1, tokens, self._part.hidden_size, device=self.device, dtype=self.dtype)
+        labels = torch.zeros(1, tokens, dtype=torch.int64)
+        self._one(Part(slice(0, 1)), embeds, labels == 0, labels, "cross_entropy", True)
+
     def warm_up(self) -> None:
         """Run the first passes, which load kernels and compile, and measure what a token takes on a GPU."""
         tokens = min(_WARM_TOKENS, self._part.max_positions)
