@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint format network slow fuzz study-small proto clean help
+.PHONY: demo test lint format network slow fuzz study-small docs proto clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -45,6 +45,10 @@ lint: $(STAMP)  ## Check style and types
 format: $(STAMP)  ## Put the code into its standard form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Build the documentation into site/, strictly
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 proto: $(STAMP)  ## Generate the protocol code of the language host again
 	$(BIN)/python fednano/host/proto/generate.py  # by its path: the package may not import until this has run

@@ -20,7 +20,11 @@ from results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = tuple(
-    ROOT / page for page in ("README.md", "docs/architecture.md", "docs/adapters.md", "docs/aggregation.md")
+    ROOT / page
+    for page in (
+        "README.md",
+        *(f"docs/{p}.md" for p in ("architecture", "adapters", "aggregation", "benchmarks")),
+    )
 )
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

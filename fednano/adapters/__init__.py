@@ -36,7 +36,7 @@ from fednano.adapters.peft_io import (
 )
 from fednano.adapters.protocol import Adapter, Algebra, Basis, Init, Leaf, Site, Tensors
 from fednano.adapters.randlora import RandLoRA
-from fednano.adapters.registry import create, names, options
+from fednano.adapters.registry import create, names, options, register
 from fednano.adapters.salt import SALT
 from fednano.adapters.scratch import LOST, SLTrain
 from fednano.adapters.snella import SNELLA
@@ -97,6 +97,7 @@ __all__ = [
     "plan",
     "probe",
     "read_checkpoint",
+    "register",
     "save_checkpoint",
     "select",
     "sites_of",

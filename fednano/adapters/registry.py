@@ -7,11 +7,15 @@ import difflib
 import types
 import typing
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 from fednano.adapters.method import Method
 from fednano.errors import ConfigError
 
 __all__ = ["create", "names", "options", "register"]
+
+GROUP = "fednano.adapters"
+"""Entry points of installed packages that bring adapters of their own: ``NAME = "module:Class"``."""
 
 _REGISTRY: dict[str, type[Method]] = {}
 M = typing.TypeVar("M", bound=Method)
@@ -31,8 +35,8 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
 
 
 def names() -> list[str]:
-    """Names that `create` knows, sorted."""
-    return sorted(_REGISTRY)
+    """Names that `create` knows, sorted; those that installed packages bring among them."""
+    return sorted({*_REGISTRY, *(point.name for point in entry_points(group=GROUP))})
 
 
 def options(name: str) -> dict[str, object]:
@@ -66,7 +70,16 @@ def create(name: str, **given: object) -> Method:
 
 def _find(name: str) -> type[Method]:
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, 1)
+        for point in entry_points(group=GROUP, name=name):
+            try:
+                point.load()  # registers itself
+            except (ImportError, AttributeError) as error:
+                raise ConfigError(
+                    f"adapter {name!r} is announced by an installed package, but {point.value} cannot be had: {error}. "
+                    "Install that package anew."
+                ) from error
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown adapter {name!r}{hint} Adapters: {', '.join(names())}")
     return _REGISTRY[name]

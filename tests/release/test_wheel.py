@@ -1,4 +1,4 @@
-"""What is released: the wheel holds what an installed fednano needs, nothing else, and works outside of the checkout."""
+"""What is released: the wheel holds what fednano needs, nothing else, and works outside of the checkout."""
 
 from __future__ import annotations
 
