@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import host_tables
 from results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ PAGES = tuple(
     ROOT / page
     for page in (
         "README.md",
-        *(f"docs/{p}.md" for p in ("architecture", "adapters", "aggregation", "benchmarks")),
+        *(f"docs/{p}.md" for p in ("architecture", "adapters", "aggregation", "benchmarks", "host")),
     )
 )
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -169,6 +170,14 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "adapters-gates": ("adapters", gates),
     "study-gates": ("study", gates),
     "robustness": ("robustness", robustness),
+    "host-card": ("host", host_tables.card),
+    "host-gates": ("host", gates),
+    "host-passes": ("host", host_tables.passes),
+    "host-clients": ("host", host_tables.clients),
+    "host-path": ("host", host_tables.path),
+    "host-wire": ("host", host_tables.wire),
+    "host-client": ("host", host_tables.client),
+    "host-faults": ("host", host_tables.faults),
 }
 
 

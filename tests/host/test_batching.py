@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fednano.errors import ConfigError, HostRefused
 from fednano.host import HostLimits, RemoteLLM, codec, serve
 from fednano.host.batching import Ask, StepBatcher
 from fednano.host.compute import step_job
-from fednano.host.jobs import Reply
+from fednano.host.jobs import Job, Reply
 from fednano.host.lane import Lane
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
@@ -238,6 +239,60 @@ def test_nobody_waits_for_a_client_that_stays_away(local: LocalLLM) -> None:
 
     gated.play(scene)
     assert pauses == {"slow": 0.0, "fast": 1.0}
+
+
+def test_replies_go_out_when_the_next_pass_is_launched(
+    local: LocalLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a device that needs the interpreter on the way there only, and with enough waiting for a full pass."""
+    events: list[str] = []
+    whole, begin = Passes.compute, Lane.__init__
+
+    def watched(self: Passes, embeds: torch.Tensor, *rest: Any) -> Any:
+        *batch, launched = rest
+        events.append(f"begin {len(embeds)}")
+        time.sleep(0.05)
+        events.append(f"launched {len(embeds)}")
+        launched()
+        time.sleep(0.05)
+        return whole(self, embeds, *batch)
+
+    def apart(self: Lane, device: torch.device) -> None:
+        begin(self, device)
+        self.apart = True
+
+    monkeypatch.setattr(Passes, "compute", watched)
+    monkeypatch.setattr(Lane, "__init__", apart)
+    monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
+    gated = Gated()
+    gated.gate.set()
+
+    def told(ask: Ask, name: str) -> Ask:
+        def prepare() -> Job:
+            job = ask.prepare()
+
+            def finish(*outcome: Any) -> Reply:
+                events.append(f"reply {name}")
+                return job.finish(*outcome)
+
+            return replace(job, finish=finish)
+
+        return replace(ask, prepare=prepare)
+
+    async def scene() -> None:
+        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512)
+        first = asyncio.create_task(batcher.run(told(request(local, [8]), "first"), "first"))
+        while not events:
+            await asyncio.sleep(0.005)
+        asks = [told(request(local, [8], seed=i), "second") for i in range(3)]
+        second = [asyncio.create_task(batcher.run(ask, str(i))) for i, ask in enumerate(asks)]
+        replies = await asyncio.gather(first, *second)
+        monkeypatch.undo()
+        for i, reply in enumerate(replies[1:]):
+            torch.testing.assert_close(numbers(reply), alone(local, request(local, [8], seed=i)))
+
+    gated.play(scene)
+    assert events == ["begin 1", "launched 1", "begin 3", "launched 3", "reply first", *["reply second"] * 3]
 
 
 def test_what_does_not_fit_into_memory_together_is_computed_alone(
