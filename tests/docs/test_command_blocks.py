@@ -20,7 +20,7 @@ from fednano.cli.commands import app
 # They serve until they are ended: tests/dashboard and tests/network start them.
 SERVICES = {("dashboard",), ("server", "up"), ("client", "up"), ("host",)}
 SMALL = ["--backend", "inprocess", "--progress", "plain", "--rounds", "1", "--clients", "3", "--samples", "4",
-         "--batch-size", "4", "--evaluate-samples", "4", "--final-samples", "4", "--rank", "4", "--holdout", "0.01"]  # fmt: skip
+         "--batch-size", "4", "--evaluate-samples", "4", "--final-samples", "4", "--rank", "4", "--holdout", "0.01"]  # noqa: E501  # fmt: skip
 LIGHT = {"docs/tutorials/three-sites.md"}  # trains nothing
 COMMANDS = [block for page in PAGES for block in blocks(page) if block.language in SHELLS]
 RUNNABLE = (*SHELLS, "python")
@@ -55,9 +55,9 @@ def test_commands_and_options_exist(block: Block) -> None:
             continue
         command, path, given = called
         if path == ("host",) and given[:1] != ["bench"]:
-            from fednano.host.cli import _parser
+            from fednano.host.options import parser
 
-            _parser().parse_args(given)
+            parser().parse_args(given)
         elif path[:1] not in (("host",), ("bench",)):
             with contextlib.suppress(click.exceptions.Exit):  # --help, --version
                 command.make_context("fednano", list(given))  # raises where an option is unknown or missing
