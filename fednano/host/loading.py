@@ -33,8 +33,21 @@ def load_part(options: argparse.Namespace, load: Loader | None = None) -> Langua
         ModelError: the model cannot be loaded or divided.
     """
     load = load or _load
+    dtype = options.dtype
+    if options.weights == "bf16":
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"--weights bf16 and --dtype {dtype} exclude each other: leave one out")
+        dtype = "bfloat16"
+    elif options.weights:
+        from fednano.models.quantise import quantise
+
+        if options.device_map:
+            raise ConfigError(
+                f"--weights {options.weights} goes with one device: leave out --device-map, or --weights"
+            )
+        return quantise(load(options.model, dtype, "cpu"), options.weights, torch.device(options.device))
     if not options.device_map:
-        return load(options.model, options.dtype, options.device)
+        return load(options.model, dtype, options.device)
     from fednano.models.placing import parse_device_map, spread
 
     if options.device != "cpu":
@@ -42,7 +55,7 @@ def load_part(options: argparse.Namespace, load: Loader | None = None) -> Langua
     if options.compile:
         raise ConfigError("--compile goes with one device: leave out --device-map, or --compile")
     devices, shares = parse_device_map(options.device_map)
-    return spread(load(options.model, options.dtype, "cpu"), devices, shares)
+    return spread(load(options.model, dtype, "cpu"), devices, shares)
 
 
 def make_model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:

@@ -31,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
         help="port 0 takes a free one (%(default)s)",
     )
     add("--dtype", choices=_DTYPES, default="float32", help="type of weights and arithmetic (%(default)s)")
+    add(
+        "--weights",
+        default="",
+        choices=("bf16", "int8", "int4"),
+        help="of the decoder's linear layers; int8 and int4 by bitsandbytes, with arithmetic in --dtype (as --dtype)",
+    )
     add("--device", default="cpu", help="'cpu', 'cuda', 'cuda:1', ... (%(default)s)")
     add(
         "--device-map",

@@ -106,9 +106,13 @@ def test_what_cannot_be_spread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_that_exclude_each_other_are_told() -> None:
-    options = Namespace(device_map="cpu,cpu", device="cpu", compile=True, model="m", dtype="float32")
+    options = Namespace(
+        device_map="cpu,cpu", device="cpu", compile=True, model="m", dtype="float32", weights=""
+    )
     with pytest.raises(ConfigError, match="--compile goes with one device"):
         load_part(options, lambda *_: llama())
-    options = Namespace(device_map="cpu,cpu", device="cuda", compile=False, model="m", dtype="float32")
+    options = Namespace(
+        device_map="cpu,cpu", device="cuda", compile=False, model="m", dtype="float32", weights=""
+    )
     with pytest.raises(ConfigError, match="exclude each other"):
         load_part(options, lambda *_: llama())
