@@ -20,7 +20,8 @@ from fednano.cli.commands import app
 # They serve until they are ended: tests/dashboard and tests/network start them.
 SERVICES = {("dashboard",), ("server", "up"), ("client", "up"), ("host",)}
 SMALL = ["--backend", "inprocess", "--progress", "plain", "--rounds", "1", "--clients", "3", "--samples", "4",
-         "--batch-size", "4", "--evaluate-samples", "4", "--final-samples", "4", "--rank", "4", "--holdout", "0.01"]  # noqa: E501  # fmt: skip
+         "--batch-size", "4", "--evaluate-samples", "4", "--final-samples", "4", "--rank", "4",
+         "--holdout", "0.01"]  # fmt: skip
 LIGHT = {"docs/tutorials/three-sites.md"}  # trains nothing
 COMMANDS = [block for page in PAGES for block in blocks(page) if block.language in SHELLS]
 RUNNABLE = (*SHELLS, "python")
