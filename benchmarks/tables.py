@@ -162,6 +162,29 @@ def robustness(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def flowertune(document: dict[str, Any]) -> str:
+    """fednano against an app written as FlowerTune's are: one column each."""
+    rows = [row for row in document["rows"] if row.get("summary")]
+    lines = ["| | " + " | ".join(row["system"] for row in rows) + " |", "|---|" + "---:|" * len(rows)]
+
+    def add(title: str, write: Callable[[dict[str, Any]], str]) -> None:
+        lines.append(f"| {title} | " + " | ".join(write(row) for row in rows) + " |")
+
+    add("Lines of user code (and settings)", lambda row: f"{row['lines_of_code']} ({row['settings']})")
+    add("Seconds to the first merged round", lambda row: f"{row['seconds_to_first_round']:.1f}")
+    add("Seconds a round", lambda row: f"{row['seconds_per_round']:.1f}")
+    add("Client memory, MB", lambda row: f"{row['client_bytes'] / 1e6:.0f}")
+    add("Host memory, MB", lambda row: f"{row['host_bytes'] / 1e6:.0f}" if row["host_bytes"] else "-")
+    add("Parameters on a client", lambda row: f"{row['client_parameters']:,.0f}")
+    add("Adapter bytes, a client and round, kB", lambda row: f"{row['adapter_bytes'] / 1e3:.1f}")
+    add(
+        "Embeddings and gradients, a client and round, kB",
+        lambda row: f"{row['activation_bytes'] / 1e3:,.0f}",
+    )
+    add("Accuracy, %", lambda row: _percent(row["accuracy"]))
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("main_job", main_job),
     "wire": ("main_job", wire),
@@ -178,6 +201,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "host-wire": ("host", host_tables.wire),
     "host-client": ("host", host_tables.client),
     "host-faults": ("host", host_tables.faults),
+    "flowertune": ("flowertune", flowertune),
 }
 
 
@@ -186,7 +210,10 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         source, write = TABLES[match["name"]]
-        body = write(read_results(ROOT / "benchmarks" / "results" / f"{source}.json"))
+        file = ROOT / "benchmarks" / "results" / f"{source}.json"
+        if not file.exists():
+            return f"{match[1]}*Not measured yet: `python benchmarks/{source}.py`.*\n{match[3]}"
+        body = write(read_results(file))
         return f"{match[1]}{body}\n{match[3]}"
 
     return _BLOCK.sub(table, text)
