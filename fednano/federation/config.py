@@ -169,7 +169,10 @@ class RunConfig:
     placement: str = _setting(
         "split", "'split': language model on the host; 'local': whole model at each client"
     )
-    host_address: str = _setting("", "address of a running language host; empty = the server starts its own")
+    host_address: str = _setting(
+        "",
+        "address of a running language host, or several of one model, as a:1,b:2; empty = the server starts its own",
+    )
     host_ca: str = _setting(
         "", "PEM file of the authority that signed that host's certificate; empty = loopback only"
     )

@@ -81,33 +81,51 @@ class ClientTLS:
 
 
 class HostChannel:
-    """Calls to one host. Safe to use from several threads; each process opens its own connection.
+    """Calls to one host, or to one of several that serve the same model. Safe to use from several threads; each process
+    opens its own connections.
+
+    It begins with any of them, stays with it, and goes on to the next when that one is away. No call is ever split
+    between two, and a host that keeps samples is asked for its own only.
 
     Args:
-        address: ``HOST:PORT``.
+        address: ``HOST:PORT``, or several with commas between them.
         token: sent with each call.
         tls: ``None`` for plain text (loopback only).
         retry: deadlines.
         meter: where to count bytes.
 
     Raises:
-        ConfigError: plain text to an address that is not loopback.
+        ConfigError: not an address, or plain text to one that is not loopback.
     """
 
     def __init__(
         self, address: str, *, token: bytes | None, tls: ClientTLS | None, retry: Retry, meter: Meter
     ) -> None:
-        if tls is None and not is_loopback(address):
-            raise ConfigError(
-                f"refusing to talk to {address} without TLS: embeddings, labels and the token would cross the "
-                "network in plain text. Leave `insecure` off, and pass root_certificates if the host's are not public"
-            )
-        self.address, self._tls, self._retry, self._meter = address, tls, retry, meter
+        self._addresses = [part.strip() for part in address.split(",")]
+        for part in self._addresses:
+            if not part:
+                raise ConfigError(
+                    f"host address: got {address!r}, expected HOST:PORT, or several with commas between them"
+                )
+            if tls is None and not is_loopback(part):
+                raise ConfigError(
+                    f"refusing to talk to {part} without TLS: embeddings, labels and the token would cross the "
+                    "network in plain text. Leave `insecure` off, and pass root_certificates if the host's are not "
+                    "public"
+                )
+        self._tls, self._retry, self._meter = tls, retry, meter
         self._metadata: tuple[tuple[str, str | bytes], ...] = (bearer(token),) if token is not None else ()
-        self._channel: grpc.Channel | None = None
+        self._channels: dict[str, grpc.Channel] = {}
         self._pid, self._lock, self._closed = os.getpid(), threading.Lock(), False
         # Its own generator: jitter must not consume the seeded one of an experiment.
         self._random = random.Random()
+        # Anywhere in the list, so that the clients of a run share its hosts.
+        self._at = self._random.randrange(len(self._addresses))
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of the host that is asked now."""
+        return self._addresses[self._at]
 
     def use_token(self, token: bytes) -> None:
         """Send another token from the next call on."""
@@ -118,9 +136,10 @@ class HostChannel:
         with self._lock:
             self._closed = True
             # After a fork, the parent's channel must not be touched, not even to close it.
-            if self._channel is not None and self._pid == os.getpid():
-                self._channel.close()
-            self._channel = None
+            if self._pid == os.getpid():
+                for channel in self._channels.values():
+                    channel.close()
+            self._channels = {}
 
     def call(self, name: str, attempt: Callable[[Exchange], T], samples: int = 0) -> T:
         """Make one call, again and again while the host is busy or away.
@@ -137,7 +156,8 @@ class HostChannel:
         """
         began, tries = 0.0, 0
         while True:
-            exchange = Exchange(self._open(), name, self._metadata, self._retry.timeout_s)
+            asked = self.address
+            exchange = Exchange(self._open(asked), name, self._metadata, self._retry.timeout_s)
             tries += 1
             done = 0
             try:
@@ -148,8 +168,11 @@ class HostChannel:
                 now = time.monotonic()
                 began = began or now
                 left = self._retry.retry_s - (now - began)
-                final = self._final(error) or (
-                    self._gave_up(error, tries, now - began) if left <= 0 else None
+                self._leave(asked, error)
+                final = self._final(error, asked) or (
+                    self._gave_up(error, tries, now - began)
+                    if left <= 0 and tries >= len(self._addresses)
+                    else None
                 )
                 if final is not None:
                     raise final from error
@@ -157,19 +180,25 @@ class HostChannel:
                 exchange.end()
                 self._meter.add(name.lower(), exchange.count(done))
             pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(tries - 1, 10))
-            time.sleep(min(pause * self._random.uniform(0.5, 1.0), left))
+            time.sleep(max(0.0, min(pause * self._random.uniform(0.5, 1.0), left)))
 
-    def _open(self) -> grpc.Channel:
+    def _leave(self, asked: str, error: Any) -> None:
+        """Go on to the next host if the one that was asked is away, unless another thread did."""
+        with self._lock:
+            if error.code() == _Code.UNAVAILABLE and asked == self.address:
+                self._at = (self._at + 1) % len(self._addresses)
+
+    def _open(self, address: str) -> grpc.Channel:
         with self._lock:
             if self._closed:
-                raise HostUnavailable(
-                    f"the connection to the language host at {self.address} has been closed"
-                )
-            if self._channel is None or self._pid != os.getpid():
-                self._channel, self._pid = self._connect(), os.getpid()
-            return self._channel
+                raise HostUnavailable(f"the connection to the language host at {address} has been closed")
+            if self._pid != os.getpid():
+                self._channels, self._pid = {}, os.getpid()
+            if address not in self._channels:
+                self._channels[address] = self._connect(address)
+            return self._channels[address]
 
-    def _connect(self) -> grpc.Channel:
+    def _connect(self, address: str) -> grpc.Channel:
         options = [
             ("grpc.enable_retries", 0),  # retries are made here, where they are counted
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -182,18 +211,18 @@ class HostChannel:
             # Two clients of one process must not share a connection that one of them may close.
             ("grpc.use_local_subchannel_pool", 1),
         ]
-        if is_loopback(self.address):
+        if is_loopback(address):
             options.append(("grpc.enable_http_proxy", 0))
         if self._tls is None:
-            return grpc.insecure_channel(self.address, options)
-        return grpc.secure_channel(self.address, self._tls.credentials(), options)
+            return grpc.insecure_channel(address, options)
+        return grpc.secure_channel(address, self._tls.credentials(), options)
 
-    def _final(self, error: Any) -> HostError | None:
+    def _final(self, error: Any, address: str) -> HostError | None:
         """The exception for a status that no repetition will change, ``None`` for the others."""
         code, text = error.code(), error.details() or ""
         metadata = dict(error.trailing_metadata() or ())
         ours = REASON_KEY in metadata
-        at = f"the language host at {self.address}"
+        at = f"the language host at {address}"
         failure: HostError | None = None
         match code:
             case _Code.FAILED_PRECONDITION if MISSING_KEY in metadata:
@@ -217,10 +246,10 @@ class HostChannel:
             case _Code.INTERNAL if ours:
                 failure = HostError(f"{at} failed at this call: {text}")
             case _Code.RESOURCE_EXHAUSTED if not ours:
-                failure = HostRefused(f"a message was too large for the connection to {self.address}: {text}")
+                failure = HostRefused(f"a message was too large for the connection to {address}: {text}")
             case _Code.UNAVAILABLE if any(word in text for word in _CERTIFICATE_WORDS):
                 failure = HostRefused(
-                    f"no TLS connection to {self.address}: {text}. Check that the host uses TLS, that "
+                    f"no TLS connection to {address}: {text}. Check that the host uses TLS, that "
                     "root_certificates signed its certificate, and that the certificate names this address"
                 )
         return failure
@@ -230,11 +259,11 @@ class HostChannel:
         story = f"tried {tries} times over {seconds:.1f} s, last answer: {text}"
         if error.code() == _Code.RESOURCE_EXHAUSTED:
             return HostUnavailable(
-                f"the language host at {self.address} stayed busy: {story}. "
+                f"the language host at {', '.join(self._addresses)} stayed busy: {story}. "
                 "Lower the number of clients at a time, or give the host more workers or a longer queue"
             )
         hint = "" if self._tls else "; if it uses TLS, pass root_certificates instead of insecure=True"
         return HostUnavailable(
-            f"no language host answers at {self.address}: {story}. Check that it runs (fednano host), "
+            f"no language host answers at {', '.join(self._addresses)}: {story}. Check that it runs (fednano host), "
             f"that the address is right, and that no firewall is between{hint}"
         )

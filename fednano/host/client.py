@@ -42,7 +42,8 @@ class RemoteLLM:
     own connection. A batch beyond the host's limits is sent in several requests.
 
     Args:
-        address: ``HOST:PORT`` of the host.
+        address: ``HOST:PORT`` of the host, or several with commas between them that serve the same model: when one is
+            away, the next is asked.
         token: bearer token.
         root_certificates: PEM certificates that signed the host's; ``None`` trusts those of the system.
         client_key: PEM key, if the host asks for client certificates.
@@ -109,7 +110,7 @@ class RemoteLLM:
         self.wants_factored, self._head = factored, head
         self._factored: FactoredExchange | None = None
         self._wire_dtype, self._chunk_bytes = wire_dtype, chunk_bytes
-        self._meter = Meter()
+        self._meter, self._given = Meter(), address
         self._channel = HostChannel(
             address, token=token, tls=tls, retry=Retry(timeout_s, retry_seconds), meter=self._meter
         )
@@ -117,7 +118,7 @@ class RemoteLLM:
         self._info_lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self.address, self._options)
+        return _remake, (self._given, self._options)
 
     def __enter__(self) -> RemoteLLM:
         return self
@@ -138,7 +139,7 @@ class RemoteLLM:
 
     @property
     def address(self) -> str:
-        """``HOST:PORT`` of the host."""
+        """``HOST:PORT`` of the host that is asked now."""
         return self._channel.address
 
     @property
