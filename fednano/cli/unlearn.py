@@ -285,10 +285,20 @@ def run_queue(
             help="Also retrain without the samples, to compare; costs what that part of the run did."
         ),
     ] = False,
+    probe: Annotated[
+        str, typer.Option(help="Probes whose findings go into the receipt; see 'verify --probe'.")
+    ] = "",
     superlink: Annotated[
         str,
         typer.Option(help="Work through the SuperNodes of this SuperLink (a name that `flwr run` knows)."),
     ] = "",
+    allow_unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unprotected",
+            help="Also where the run had secure aggregation or noise; updates of a job have neither.",
+        ),
+    ] = False,
     app_folder: Annotated[
         Path, typer.Option("--app", help="With --superlink: the folder of the Flower app.")
     ] = Path(),
@@ -307,11 +317,22 @@ def run_queue(
     desk = open_desk(run, runs_dir, data)
     tell = (lambda text: None) if as_json else typer.echo
     if superlink:
-        if data or reference or server_key:
-            raise ConfigError("--superlink goes without --data, --reference and --server-key.")
-        done = run_live(desk, superlink, app_folder, tell)
+        if data or reference or server_key or probe:
+            raise ConfigError(
+                "--superlink goes without --data, --reference, --probe and --server-key: the sites keep their data, no "
+                "machine holds all that a retrained reference or a probe needs, and the server's app signs with the "
+                "run's own key."
+            )
+        done = run_live(desk, superlink, app_folder, tell, allow_unprotected=allow_unprotected)
     else:
-        runner = LokuRunner(data_folders(data), reference=reference)
+        from fednano.unlearning.probes import check_probes
+
+        runner = LokuRunner(
+            data_folders(data),
+            reference=reference,
+            allow_unprotected=allow_unprotected,
+            probes=check_probes(probe) if probe else (),
+        )
         done = work(desk, runner, desk.place.server_key(server_key), tell=tell)
     if as_json:
         typer.echo(json.dumps([summary(job) for job in done], indent=1))

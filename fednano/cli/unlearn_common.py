@@ -51,7 +51,7 @@ DataFolders = Annotated[
 ]
 
 
-_FIGURES = ("ihl", "retain_loss", "el", "ma")
+_FIGURES = ("ihl", "retain_loss", "el", "ma", "utility")
 
 
 def open_desk(run: str, runs_dir: str, data: list[str] | None = None) -> Desk:
@@ -88,17 +88,14 @@ def job_line(job: Job, rounds: list[dict[str, Any]]) -> str:
     if rounds and job.state.value == "running":
         last = rounds[-1]
         words.append(f"round {last['number']}/{last['of']}")
-        words += [
-            f"{name} {last[name]:.4f}"
-            for name in ("ihl", "retain_loss", "el", "ma")
-            if last[name] is not None
-        ]
+        words += [f"{name} {last[name]:.4f}" for name in _FIGURES if last.get(name) is not None]
     return "  ".join([*words, job.note, "OVERDUE" if job.overdue() else ""]).rstrip()
 
 
 def show_job(desk: Desk, job: Job, as_json: bool, extra: dict[str, Any] | None = None) -> None:
     """Print one job: as JSON, or in a few lines for people."""
-    from fednano.unlearning.jobs.views import details
+    from fednano.unlearning.jobs.receipt import NOT_AVAILABLE
+    from fednano.unlearning.jobs.views import details, note
 
     body = {**details(desk, job), **(extra or {})}
     if as_json:
@@ -110,8 +107,13 @@ def show_job(desk: Desk, job: Job, as_json: bool, extra: dict[str, Any] | None =
     if needed:
         typer.echo(f"  approvals: {len(given)} of {needed} {' '.join(given)}")
     for each in body["rounds"]:
-        figures = [f"{name} {each[name]:.4f}" for name in _FIGURES if each[name] is not None]
+        figures = [f"{name} {each[name]:.4f}" for name in _FIGURES if each.get(name) is not None]
         typer.echo(f"  round {each['number']}/{each['of']}  {'  '.join(figures)}")
+    for name, found in (body["facts"].get("probes") or {}).items():
+        held = (
+            NOT_AVAILABLE if found is None else f"{'BACK' if found.get('back') else 'holds'}  {note(found)}"
+        )
+        typer.echo(f"  probe {name:<11} {held}")
     for alarm in body["alarms"]:
         typer.echo(
             f"  ALARM  {alarm['time']}  run {alarm['run']}, round {alarm['round']}: known again, exact memorisation "

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["run_live"]
 
 
-def run_live(desk: Desk, superlink: str, app: Path, tell: Callable[[str], None]) -> list[Job]:
+def run_live(
+    desk: Desk, superlink: str, app: Path, tell: Callable[[str], None], *, allow_unprotected: bool = False
+) -> list[Job]:
     """Start the app with `flwr run`, wait for its end, and see what became of the jobs that were open.
 
     Args:
@@ -26,12 +28,15 @@ def run_live(desk: Desk, superlink: str, app: Path, tell: Callable[[str], None])
         superlink: name of the SuperLink in Flower's configuration.
         app: folder of the Flower app.
         tell: shown what Flower says.
+        allow_unprotected: also where the run's updates were protected.
 
     Raises:
         ConfigError: there is no app, or no `flwr` command.
         RunError: Flower refused, or the app did not work on the queue; the jobs are as they were.
     """
+    from fednano.federation.server import config_of
     from fednano.unlearning.jobs.states import FINAL
+    from fednano.unlearning.protection import require_unprotected
 
     if not (app / "pyproject.toml").is_file():
         raise ConfigError(
@@ -41,8 +46,11 @@ def run_live(desk: Desk, superlink: str, app: Path, tell: Callable[[str], None])
     waiting = [job.id for job in desk.store.jobs() if job.state not in FINAL]
     if not waiting:
         return []
+    require_unprotected(config_of(desk.place.folder), allowed=allow_unprotected)
     folder = desk.place.folder.path.absolute()
-    settings = {"unlearn": str(folder), "runs-dir": str(folder.parent)}
+    settings: dict[str, str | bool] = {"unlearn": str(folder), "runs-dir": str(folder.parent)}
+    if allow_unprotected:
+        settings["unlearn-unprotected"] = True
     given = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
     flower = Path(sys.executable).with_name("flwr")
     command = [str(flower), "run", str(app), superlink, "--stream", "--run-config", given]

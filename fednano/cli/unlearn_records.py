@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fednano.cli.unlearn_common import (
     AsJson,
+    DataFolders,
     JobId,
     RunName,
     RunsDir,
     ServerKey,
     app,
+    data_folders,
     open_desk,
     operator,
     print_out,
@@ -22,29 +24,115 @@ from fednano.cli.unlearn_common import (
 )
 from fednano.errors import ConfigError, JobStateError, ReceiptInvalid
 
-__all__ = ["purge", "purge_status", "receipt", "rollback", "verify"]
+if TYPE_CHECKING:
+    from fednano.unlearning.jobs.desk import Desk
+
+__all__ = ["purge", "purge_status", "receipt", "report", "rollback", "verify"]
 
 
 @app.command()
 def verify(
     job: JobId,
     key: Annotated[str, typer.Option(help="The server's public key; by default the run's own.")] = "",
+    probe: Annotated[
+        str,
+        typer.Option(
+            help="Also look harder for the samples: relearning, int8, int4, paraphrase, image-only, text-only (with "
+            "commas). What is found is signed, logged and shown with the job."
+        ),
+    ] = "",
+    paraphrases: Annotated[
+        Path | None,
+        typer.Option(
+            help='With --probe paraphrase: JSON Lines of {"id", "question"}, questions in other words.'
+        ),
+    ] = None,
+    data: DataFolders = None,
+    server_key: ServerKey = None,
     run: RunName = "latest",
     runs_dir: RunsDir = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Check a committed job against what is on disk: receipt, log, tombstones, adapter. Code 6 where it is wrong."""
+    """Check a committed job against what is on disk: receipt, log, tombstones, adapter. Code 6 where it is wrong.
+
+    With --probe also against the samples, where their owner still holds them; code 6 where a probe brings them back.
+    """
     from fednano.security.keys import load_public
-    from fednano.unlearning.jobs.views import check_job
+    from fednano.unlearning.jobs.views import check_job, note
+    from fednano.unlearning.probes import check_probes
 
     desk = open_desk(run, runs_dir)
+    names = check_probes(probe) if probe else ()
+    if paraphrases is not None and "paraphrase" not in names:
+        raise ConfigError("--paraphrases goes with --probe paraphrase.")
     public = load_public(key or desk.place.root / "server.pub")
     rows = check_job(desk.place, desk.store.job(job), public)
+    found: dict[str, Any] = {}
+    if names and all(row["holds"] for row in rows):
+        found = _probed(desk, job, names, paraphrases, data, server_key)
+        rows += [
+            {
+                "check": f"the probe {name!r} does not bring the samples back",
+                "holds": not each["back"],
+                "note": note(each),
+            }
+            for name, each in found.items()
+            if each is not None and "back" in each
+        ]
     lines = "\n".join(f"{'ok ' if r['holds'] else 'BAD'}  {r['check']}  {r['note']}".rstrip() for r in rows)
-    print_out({"job": job, "holds": all(row["holds"] for row in rows), "checks": rows}, lines, as_json)
+    body = {"job": job, "holds": all(row["holds"] for row in rows), "checks": rows}
+    print_out(body | ({"probes": found} if names else {}), lines, as_json)
     wrong = [row["check"] for row in rows if not row["holds"]]
     if wrong:
         raise ReceiptInvalid(f"job {job}: it does not hold that {'; that '.join(wrong)}.")
+
+
+def _probed(
+    desk: Desk,
+    job: str,
+    names: tuple[str, ...],
+    paraphrases: Path | None,
+    data: list[str] | None,
+    server_key: Path | None,
+) -> dict[str, Any]:
+    from fednano.unlearning.jobs.evidence import add_evidence, probe_committed
+
+    current = desk.store.job(job)
+    other = _wordings(paraphrases) if paraphrases is not None else {}
+    found = probe_committed(desk.place, current, names, data=data_folders(data), paraphrases=other)
+    add_evidence(desk.place, current, found, desk.place.server_key(server_key))
+    return found
+
+
+def _wordings(path: Path) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                found[str(row["id"])] = (*found.get(str(row["id"]), ()), str(row["question"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{path} cannot be read ({error!r}); expected JSON Lines of {{"id", "question"}}.'
+        ) from error
+    if not found:
+        raise ConfigError(f'{path} is empty; expected JSON Lines of {{"id", "question"}}.')
+    return found
+
+
+@app.command()
+def report(
+    job: JobId,
+    out: Annotated[Path | None, typer.Option(help="Write it there instead of beside the receipts.")] = None,
+    run: RunName = "latest",
+    runs_dir: RunsDir = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Write a job's page: verdict, what was asked, curves, before and after, probes, the receipt's hash."""
+    from fednano.unlearning.jobs.report import write_job_report
+
+    path = write_job_report(open_desk(run, runs_dir), job, out)
+    print_out({"job": job, "report": str(path)}, str(path), as_json)
 
 
 @app.command()

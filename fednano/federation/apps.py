@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fednano.federation.config import OTHER_WORK, RunConfig
+from fednano.federation.config import OTHER_WORK, UNPROTECTED, RunConfig
 
 if TYPE_CHECKING:
     from fednano.federation.exchange import Stop
@@ -104,10 +104,10 @@ def make_server_app(
         from fednano.federation.tasks import OTHER_WORK_BY, loaded
 
         given = dict(context.run_config)
-        run = str(given.pop(OTHER_WORK, ""))
+        run, unprotected = str(given.pop(OTHER_WORK, "")), bool(given.pop(UNPROTECTED, False))
         settings = config or RunConfig.from_mapping(given)
         if run:
-            loaded(OTHER_WORK_BY)(grid, run, settings)
+            loaded(OTHER_WORK_BY)(grid, run, settings, allow_unprotected=unprotected)
             return
         path = run_server(grid, settings, view=view, stop=stop)
         if done is not None:

@@ -21,6 +21,7 @@ __all__ = [
     "AUTO",
     "BACKENDS",
     "OTHER_WORK",
+    "UNPROTECTED",
     "RunConfig",
     "Scalar",
     "check_backend",
@@ -38,6 +39,9 @@ start-up cost, one client at a time."""
 OTHER_WORK = "unlearn"
 """Key beside the settings of a run in the app's run configuration: names a finished run whose unlearning queue is to be
 worked on, instead of tuning."""
+
+UNPROTECTED = "unlearn-unprotected"
+"""Key beside it: do so though the run's updates were protected and those of a job are not."""
 
 
 def check_backend(name: str) -> None:

@@ -46,11 +46,11 @@ from fednano.federation.specification import spec_of
 from fednano.federation.watching import judge_on_clients, mean_accuracy
 from fednano.models.edge import NanoEdge
 from fednano.runs import RunFolder, RunInfo, RunView, make_view
+from fednano.runs.text import ZERO_SHOT
 from fednano.tracking import make_trackers, tracked
 
 __all__ = ["run_server", "spec_of"]
 
-ZERO_SHOT = "zero-shot"
 
 _NOT_REPEATED = ("runs-dir", "track", "resume", "cache-dir", "host-address", "server-dir")
 _Error = TypeVar("_Error", FednanoError, Interrupted)

@@ -123,10 +123,10 @@ def write_app(folder: Path) -> None:
     import json
 
     from fednano import __version__
-    from fednano.federation.config import OTHER_WORK, RunConfig
+    from fednano.federation.config import OTHER_WORK, UNPROTECTED, RunConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    given = RunConfig().to_mapping() | {OTHER_WORK: ""}
+    given = RunConfig().to_mapping() | {OTHER_WORK: "", UNPROTECTED: False}
     settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
     (folder / "pyproject.toml").write_text(_APP.format(version=__version__, settings=settings))
     for name, text in (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fednano.evaluation import TITLES
 from fednano.runs.atomic import write_bytes
 from fednano.runs.charts import Series, bar, legend, line_chart
 from fednano.runs.folder import RunFolder
+from fednano.runs.report import page
 from fednano.runs.report_data import ReportData, collect
 from fednano.runs.report_sections import interval
 from fednano.runs.text import format_bytes, format_count, format_percent, format_seconds
@@ -195,20 +195,7 @@ def _cautions(runs: Sequence[ReportData]) -> list[str]:
 
 def comparison_html(found: Comparison) -> str:
     """The page: self-contained, as a run's report is."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    templates = files("fednano.runs") / "templates"
-    environment = Environment(
-        loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text: str = environment.get_template("compare.html.j2").render(
-        found=found, bars=_bars(found), charts=_charts(found)
-    )
-    return text
+    return page("compare.html.j2", found=found, bars=_bars(found), charts=_charts(found))
 
 
 def write_comparison(found: Comparison, path: Path) -> Path:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fednano.runs.progress import PLANES, RunInfo
 from fednano.runs.table import print_final_table
-from fednano.runs.text import format_bytes, format_percent, format_seconds, phase_title
+from fednano.runs.text import ZERO_SHOT, format_bytes, format_percent, format_seconds, phase_title
 
 if TYPE_CHECKING:
     from fednano.runs.summary import Summary
@@ -142,7 +142,7 @@ class LiveView:
         with self._lock:
             self._accuracies.append(accuracy)
             self._metric = metric
-            if phase == "zero_shot":
+            if phase == ZERO_SHOT:
                 self._zero_shot = accuracy
         if not number:
             self.message(f"{phase_title(phase)}: {metric} {format_percent(accuracy)}")
@@ -247,7 +247,7 @@ class LiveView:
             parts.append(f"loss {self._losses[-1]:.4f} {self._spark(self._losses)}".rstrip())
         if self._accuracies:
             text = f"{self._metric} {format_percent(self._accuracies[-1])} {self._spark(self._accuracies)}".rstrip()
-            if self._zero_shot is not None and self._phase != "zero_shot":
+            if self._zero_shot is not None and self._phase != ZERO_SHOT:
                 text += f" (zero-shot {format_percent(self._zero_shot)})"
             parts.append(text)
         return Text("   ".join(parts) or "waiting for the first numbers", style="" if parts else "dim")

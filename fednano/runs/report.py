@@ -17,7 +17,7 @@ from fednano.runs.report_data import ReportData, collect
 from fednano.runs.report_metrics import Client
 from fednano.runs.text import format_percent, phase_title
 
-__all__ = ["render_report", "report_html"]
+__all__ = ["page", "render_report", "report_html"]
 
 NAME = "report.html"
 
@@ -48,25 +48,14 @@ def report_html(data: ReportData) -> str:
     Args:
         data: what the run folder holds.
     """
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
     from fednano.runs import report_extra as extra
     from fednano.runs import report_sections as sections
     from fednano.runs.report_curves import curves
 
-    templates = files("fednano.runs") / "templates"
-    environment = Environment(
-        loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = format_percent
-    environment.filters["phase"] = phase_title
     title = TITLES[data.summary.metric] if data.summary else "Accuracy"
     outcomes = [prediction.outcome for prediction in data.predictions]
-    text: str = environment.get_template("report.html.j2").render(
+    return page(
+        "report.html.j2",
         data=data,
         summary=data.summary,
         missing=data.missing,
@@ -88,6 +77,28 @@ def report_html(data: ReportData) -> str:
         settings=_settings(data.config),
         command=data.config.get("command"),
     )
+
+
+def page(template: str, **content: Any) -> str:
+    """A self-contained page from one of the package's templates; all content is escaped.
+
+    Args:
+        template: its file name.
+        content: what it shows; charts are Markup.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    templates = files("fednano.runs") / "templates"
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = format_percent
+    environment.filters["phase"] = phase_title
+    text: str = environment.get_template(template).render(**content)
     return text
 
 

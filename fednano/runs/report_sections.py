@@ -13,7 +13,14 @@ from fednano.runs.charts import bar, legend, stacked_bar
 from fednano.runs.report_data import Partition, ReportData
 from fednano.runs.report_metrics import MAIN, Metrics
 from fednano.runs.summary import Summary
-from fednano.runs.text import format_bytes, format_count, format_percent, format_seconds, phase_title
+from fednano.runs.text import (
+    ZERO_SHOT,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_seconds,
+    phase_title,
+)
 
 __all__ = [
     "Verdict",
@@ -105,7 +112,7 @@ def verdict(data: ReportData) -> Verdict:
 def _unfinished(data: ReportData) -> Verdict:
     main = data.metrics.main
     known = data.metrics.accuracy.get(main or "", {})
-    zero = data.metrics.accuracy.get("zero_shot", {})
+    zero = data.metrics.accuracy.get(ZERO_SHOT, {})
     before = format_percent(zero[max(zero)]) if zero else None
     if main is None or not known:
         return Verdict(

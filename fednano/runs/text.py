@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["format_bytes", "format_count", "format_percent", "format_seconds", "phase_title"]
+__all__ = ["ZERO_SHOT", "format_bytes", "format_count", "format_percent", "format_seconds", "phase_title"]
+
+ZERO_SHOT = "zero-shot"
+"""The phase of the model before tuning, as metrics and live views name it."""
 
 _TITLES = {
     "zero_shot": "Zero-shot",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from fednano.data import Sample
@@ -11,7 +12,7 @@ from fednano.errors import DataError, RunError
 from fednano.federation.config import RunConfig
 from fednano.federation.model import client_name, hold_out, load_data, load_site_data, partition_samples
 from fednano.runs import RunFolder
-from fednano.runs.tombstones import read_tombstones
+from fednano.runs.tombstones import Tombstones, read_tombstones
 from fednano.training.data import draw
 from fednano.training.seeds import generator
 
@@ -19,6 +20,7 @@ __all__ = [
     "Scope",
     "Site",
     "SiteData",
+    "all_sites",
     "first_exposure",
     "first_rounds",
     "own_site",
@@ -60,8 +62,15 @@ class Site:
     held_out: Sequence[Sample] = field(default=())
 
 
-def simulated_sites(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]:
+def simulated_sites(
+    folder: RunFolder, config: RunConfig, forgotten: Tombstones | None = None
+) -> dict[str, SiteData]:
     """The sites of a simulated run; samples that the run has forgotten already are gone.
+
+    Args:
+        folder: the run.
+        config: its settings.
+        forgotten: what is left out instead of all that the run has forgotten.
 
     Raises:
         RunError: the run was made by real sites, whose data is not here.
@@ -72,11 +81,36 @@ def simulated_sites(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]
             f"run {folder.id} was made by real sites, whose data is not on this machine. Give their data as sites, "
             "or run the job at a deployment."
         )
-    dataset, forgotten = load_data(config), read_tombstones(folder.path)
+    dataset = load_data(config)
+    forgotten = read_tombstones(folder.path) if forgotten is None else forgotten
     sites: dict[str, SiteData] = {}
     for number in range(config.clients):
         train, held = partition_samples(config, dataset, number, config.clients)
         sites[client_name(number)] = Site(forgotten.keep(train), forgotten.keep(held))
+    return sites
+
+
+def all_sites(
+    folder: RunFolder, config: RunConfig, data: Mapping[str, Path], forgotten: Tombstones
+) -> dict[str, SiteData]:
+    """Everybody's samples but the forgotten ones: of the data folders that are given, else of the simulation.
+
+    Args:
+        folder: the run.
+        config: its settings.
+        data: real site to its own data folder.
+        forgotten: what is left out.
+
+    Raises:
+        RunError: the run was made by real sites, and ``data`` is empty.
+        DataError: the data cannot be read or divided.
+    """
+    if not data:
+        return simulated_sites(folder, config, forgotten)
+    sites: dict[str, SiteData] = {}
+    for name, where in data.items():
+        own = own_site(config, str(where))
+        sites[name] = Site(forgotten.keep(own.train), forgotten.keep(own.held_out))
     return sites
 
 

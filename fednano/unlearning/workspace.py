@@ -137,6 +137,10 @@ class Workspace:
         """Samples, ready to ask about."""
         return ClientData(samples, self.edge, self.features)
 
+    def unseen(self, count: int) -> list[Sample]:
+        """Up to so many samples that no round has trained on; the owner's own first."""
+        return self._unseen[:count]
+
     def probe(self, leaves: Mapping[str, Tensor]) -> Probe:
         """What is looked at after each round; the edge is left with these leaves."""
         self.edge.load_travelling(leaves)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.errors import ConfigError
-from fednano.federation.config import OTHER_WORK, RunConfig
+from fednano.federation.config import OTHER_WORK, UNPROTECTED, RunConfig
 from fednano.federation.model import settled
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_flower_app_lists_every_setting_with_its_default() -> None:
     """`flwr run --run-config` can only override what the app lists."""
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    assert app["config"] == RunConfig().to_mapping() | {OTHER_WORK: ""}
+    assert app["config"] == RunConfig().to_mapping() | {OTHER_WORK: "", UNPROTECTED: False}
 
 
 @settings(deadline=None)

@@ -46,8 +46,8 @@ def play(view: RunView, clock: Clock | None = None) -> None:
             clock.now += seconds
 
     view.start(INFO)
-    view.phase_started("zero_shot", 0)
-    view.evaluation("zero_shot", 0, accuracy=0.698, samples=9673)
+    view.phase_started("zero-shot", 0)
+    view.evaluation("zero-shot", 0, accuracy=0.698, samples=9673)
     view.phase_started("federated", 2)
     for number in (1, 2):
         view.round_started(number, ["client-0", "client-1"])

@@ -43,7 +43,7 @@ class Terminal:
 def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     world = World(tmp_path)
     monkeypatch.setattr("fednano.unlearning.jobs.holdings.RunHoldings", lambda run, data: FakeHoldings())
-    monkeypatch.setattr("fednano.unlearning.jobs.loku.LokuRunner", lambda data, reference: FakeRunner())
+    monkeypatch.setattr("fednano.unlearning.jobs.loku.LokuRunner", lambda data, **options: FakeRunner())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ids.txt").write_text("\n".join(world.ids()) + "\n\n")
     return Terminal(world)
@@ -186,7 +186,7 @@ def test_a_job_that_does_not_commit_is_told_by_the_exit_code(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = FakeRunner({"accepted": False, "reasons": ("utility fell",)})
-    monkeypatch.setattr("fednano.unlearning.jobs.loku.LokuRunner", lambda data, reference: runner)
+    monkeypatch.setattr("fednano.unlearning.jobs.loku.LokuRunner", lambda data, **options: runner)
     terminal(*SUBMIT)
     assert "utility fell" in terminal("run", code=EXIT_STATE)
 

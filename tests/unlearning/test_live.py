@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_end_to_end import ask, finished  # noqa: F401 - a fixture
 
+from fednano.errors import ConfigError
 from fednano.federation.apps import client_app
 from fednano.federation.client_task import Worker
 from fednano.federation.deployment import Deployment, open_deployment
@@ -19,6 +21,7 @@ from fednano.federation.inprocess import InProcessGrid
 from fednano.federation.messages import Instruction
 from fednano.federation.server import config_of
 from fednano.runs import make_view
+from fednano.runs.tombstones import Tombstones, read_tombstones
 from fednano.security.canonical import canonical, sha256_hex
 from fednano.security.keys import create_key, valid_signature
 from fednano.unlearning.jobs.desk import Desk
@@ -29,9 +32,12 @@ from fednano.unlearning.jobs.receipt import verify_receipt
 from fednano.unlearning.jobs.request import Plan
 from fednano.unlearning.jobs.states import State
 from fednano.unlearning.jobs.work import work
-from fednano.unlearning.live.ask import NAME, Ask
-from fednano.unlearning.live.runner import serve_queue
+from fednano.unlearning.live.ask import NAME, Ask, Forget
+from fednano.unlearning.live.parties import LiveParties
+from fednano.unlearning.live.runner import _refuse_early, serve_queue
 from fednano.unlearning.live.site import STATEMENT
+from fednano.unlearning.methods import get_method
+from fednano.unlearning.outcome import UnlearnRequest
 
 
 @pytest.fixture
@@ -159,3 +165,34 @@ def test_what_live_sites_cannot_do_fails_with_the_reason(live: Any) -> None:
     assert "not done through live sites" in failed.note
     assert sha256_hex(live.place.adapter()[1]) == live.place.adapter()[0]
     assert job.id == failed.id
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "words"),
+    [({}, "kl", "whole distributions"), ({"exchange": "label-private"}, "loku", "label-private")],
+)
+def test_what_a_host_does_not_give_is_refused_before_anything_is_computed(
+    live: Any, changes: dict[str, str], method: str, words: str
+) -> None:
+    config = config_of(live.place.folder).changed(**changes)
+    with pytest.raises(ConfigError, match=words):
+        _refuse_early(method, config)
+    _refuse_early("loku", config_of(live.place.folder))
+
+
+def test_live_owners_say_what_an_adapter_knows_of_earlier_sets(live: Any) -> None:
+    job = live.request(plan=PLAN)
+    live.serve()
+    known = read_tombstones(live.place.folder.path)
+    assert [each.job for each in known.sets] == [job.id]
+    config = config_of(live.place.folder).changed(join_timeout=5.0)
+    request = UnlearnRequest(run=live.place.folder.path, client="client-000", samples=())
+    with open_deployment(live.grid, live.place.folder, config, make_view("quiet"), Stop()) as deployment:
+        told = Forget("loku", live.site.salt, (), (), known.epoch)
+        parties = LiveParties(deployment, request, get_method("loku"), told, lambda: False)
+        found = parties.earlier(parties.leaves, known)[job.id]
+        lost = parties.earlier(parties.leaves, Tombstones(1, (replace(known.sets[0], job="u0009"),)))
+    assert found["samples"] == len(job.request["ids"])
+    assert found["level"] == known.sets[0].level
+    assert not found["back"]  # the committed adapter, and the level is the commit's
+    assert lost == {"u0009": None}

@@ -12,10 +12,10 @@ from fednano.runs import RunFolder
 from fednano.unlearning.jobs.runner import Result, Round, Task
 
 if TYPE_CHECKING:
-    from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome
+    from fednano.unlearning.outcome import RoundRecord, UnlearnOutcome, UnlearnRequest
     from fednano.unlearning.sites import SiteData
 
-__all__ = ["LokuRunner", "result_of", "round_of", "with_reference"]
+__all__ = ["LokuRunner", "result_of", "round_of", "with_earlier", "with_reference"]
 
 _REASONS = {
     "round limit": "the round limit came before the forget set looked like unseen data; allow more rounds or steps",
@@ -32,16 +32,34 @@ class LokuRunner:
         data: site -> its own data folder, for runs of real sites; every site's is needed then.
         reference: also retrain without the samples, and put what that adapter scores beside the unlearned one's. As
             dear as the run was, from the first round that saw one of them.
+        allow_unprotected: also where the run's updates were protected; see `fednano.unlearning.protection`.
+        probes: of `fednano.unlearning.probes.PROBES`; what they find stands in the receipt.
     """
 
-    def __init__(self, data: Mapping[str, Path] | None = None, *, reference: bool = False) -> None:
-        self._data, self._reference = dict(data or {}), reference
+    def __init__(
+        self,
+        data: Mapping[str, Path] | None = None,
+        *,
+        reference: bool = False,
+        allow_unprotected: bool = False,
+        probes: tuple[str, ...] = (),
+    ) -> None:
+        self._data, self._reference, self._probes = dict(data or {}), reference, probes
+        self._allow_unprotected = allow_unprotected
 
     def __call__(self, task: Task, *, progress: Callable[[Round], None], stop: Callable[[], bool]) -> Result:
-        """Unlearn; see :class:`~fednano.unlearning.jobs.runner.Runner`."""
+        """Unlearn; see :class:`~fednano.unlearning.jobs.runner.Runner`.
+
+        Raises:
+            RunError: the run's updates were protected, and that this job's are not is not allowed.
+        """
+        from fednano.federation.server import config_of
         from fednano.runs.checkpoints import pack
         from fednano.unlearning.outcome import UnlearnRequest
+        from fednano.unlearning.protection import require_unprotected
         from fednano.unlearning.runner import unlearn
+
+        lost = require_unprotected(config_of(RunFolder(task.run)), allowed=self._allow_unprotected)
 
         def tell(record: RoundRecord) -> None:
             progress(round_of(record))
@@ -58,7 +76,9 @@ class LokuRunner:
         outcome = unlearn(request, progress=tell, stop=stop, sites=sites)
         if outcome.status == "stopped":
             raise Interrupted("the unlearning was asked to end.")
-        result = result_of(outcome, pack(outcome.leaves))
+        result = result_of(outcome, pack(outcome.leaves), notes=lost)
+        if result.accepted:
+            result = self._looked_harder(task, request, outcome, result)
         if not self._reference or not result.accepted or outcome.exact:
             return result  # nothing to judge, or exact already
         retrained = unlearn(
@@ -68,29 +88,76 @@ class LokuRunner:
             raise Interrupted("the unlearning was asked to end.")
         return with_reference(result, outcome, retrained)
 
+    def _looked_harder(
+        self, task: Task, request: UnlearnRequest, outcome: UnlearnOutcome, result: Result
+    ) -> Result:
+        """A result with the probes that were asked for, and with what the adapter knows of earlier forget sets."""
+        from fednano.federation.server import config_of
+        from fednano.runs.tombstones import Tombstones, read_tombstones
+        from fednano.unlearning.probes import earlier_sets, probe_all
+        from fednano.unlearning.sites import all_sites
+        from fednano.unlearning.workspace import Workspace
+
+        forgotten = read_tombstones(task.run)
+        if not self._probes and not forgotten.sets:
+            return result
+        with Workspace(
+            *(task.run, task.site, task.samples),
+            runs_dir=task.run.parent,
+            sites=self._sites(task.run),
+            seed=request.seed,
+            withheld=task.withheld,
+        ) as work:
+            probes: dict[str, Any] = {}
+            if self._probes and outcome.after is not None and outcome.before is not None:
+                level = max(outcome.after.forget.exact_memorisation, outcome.before.unseen.exact_memorisation)
+                probes = probe_all(work, outcome.leaves, self._probes, level=level)
+            folder, earlier = RunFolder(task.run), {}
+            if forgotten.sets:
+                everything = all_sites(folder, config_of(folder), self._data, Tombstones())
+                earlier = earlier_sets(work, outcome.leaves, everything, forgotten)
+        return with_earlier(replace(result, probes=probes), earlier)
+
     def _sites(self, run: Path) -> dict[str, SiteData] | None:
         """Real sites' samples; ``None`` leaves it to the runner, which knows simulated ones."""
         if not self._data:
             return None
         from fednano.federation.server import config_of
         from fednano.runs.tombstones import read_tombstones
-        from fednano.unlearning.sites import Site, own_site
+        from fednano.unlearning.sites import all_sites
 
-        config, forgotten = config_of(RunFolder(run)), read_tombstones(run)
-        sites: dict[str, SiteData] = {}
-        for name, folder in self._data.items():
-            own = own_site(config, str(folder))
-            sites[name] = Site(forgotten.keep(own.train), forgotten.keep(own.held_out))
-        return sites
+        folder = RunFolder(run)
+        return all_sites(folder, config_of(folder), self._data, read_tombstones(run))
+
+
+def with_earlier(result: Result, earlier: Mapping[str, Any]) -> Result:
+    """A result with the figures of earlier forget sets; one that would bring any of them back is not accepted."""
+    back = [
+        f"it would bring back what job {job} forgot (exact memorisation {each['exact_memorisation']:.3f}, then "
+        f"{each['level']:.3f})"
+        for job, each in earlier.items()
+        if each is not None and each["back"]
+    ]
+    return replace(
+        result, earlier=dict(earlier), accepted=result.accepted and not back, reasons=(*result.reasons, *back)
+    )
 
 
 def round_of(record: RoundRecord) -> Round:
     """A round as the worker and the live view have it."""
-    return Round(record.round, record.rounds, record.ihl, record.retain_loss, record.el, record.ma)
+    return Round(
+        record.round,
+        record.rounds,
+        record.ihl,
+        record.retain_loss,
+        record.el,
+        record.ma,
+        record.utility,
+    )
 
 
-def result_of(outcome: UnlearnOutcome, payload: bytes) -> Result:
-    """An outcome as the worker and the receipt have it."""
+def result_of(outcome: UnlearnOutcome, payload: bytes, *, notes: tuple[str, ...] = ()) -> Result:
+    """An outcome as the worker and the receipt have it; ``notes`` join what was approximated."""
     figures: Any = outcome.to_json()
     reason = _REASONS.get(outcome.status)
     return Result(
@@ -105,7 +172,7 @@ def result_of(outcome: UnlearnOutcome, payload: bytes) -> Result:
         stopped=outcome.status,
         accepted=reason is None,
         reasons=() if reason is None else (reason,),
-        approximations=_approximations(outcome),
+        approximations=(*_approximations(outcome), *notes),
     )
 
 

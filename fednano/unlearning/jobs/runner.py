@@ -51,6 +51,7 @@ class Round:
         retain_loss: cross-entropy on retained data, nats a token.
         el: extraction likelihood EL_10, in [0, 1].
         ma: memorisation accuracy, in [0, 1].
+        utility: mean answer probability on the test questions.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Round:
     retain_loss: float | None = None
     el: float | None = None
     ma: float | None = None
+    utility: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Result:
         samples: how many were forgotten, where the worker does not know their ids.
         statement: the owner's own signed statement of its figures; empty where there is none.
         facts: what became known of the scope, to keep with the jobs.
+        probes: what `fednano.unlearning.probes` found, by name; empty where none was asked for.
+        earlier: earlier job to what the shadow adapter knows of its samples; ``None``: out of reach.
     """
 
     payload: bytes
@@ -104,6 +108,8 @@ class Result:
     samples: int = 0
     statement: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    probes: Mapping[str, Any] = field(default_factory=dict)
+    earlier: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner(Protocol):

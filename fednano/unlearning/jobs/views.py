@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fednano.errors import FednanoError, ReceiptInvalid
@@ -13,7 +14,7 @@ from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.receipt import verify_receipt
 from fednano.unlearning.jobs.states import State
 
-__all__ = ["check_job", "details", "summary"]
+__all__ = ["check_job", "details", "note", "summary"]
 
 
 def summary(job: Job) -> dict[str, Any]:
@@ -31,6 +32,20 @@ def summary(job: Job) -> dict[str, Any]:
         "overdue": job.overdue(),
         "note": job.note,
     }
+
+
+def note(probe: Mapping[str, Any]) -> str:
+    """What a probe found, in a few words."""
+    words = [f"{probe['samples']} samples"]
+    for name, title in (
+        ("exact_memorisation", "exact memorisation"),
+        ("level", "unseen"),
+        ("probability", "probability"),
+        ("speed", "relearned at unseen's speed times"),
+    ):
+        if isinstance(probe.get(name), (int, float)):
+            words.append(f"{title} {probe[name]:.3f}")
+    return ", ".join(words)
 
 
 def details(desk: Desk, job: Job) -> dict[str, Any]:

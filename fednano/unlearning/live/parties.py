@@ -19,6 +19,7 @@ from fednano.federation.exchange import Delivery
 from fednano.federation.messages import HostTicket, Instruction
 from fednano.federation.model import load_data
 from fednano.models.edge import NanoEdge
+from fednano.runs.tombstones import Tombstones
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
 from fednano.unlearning.jobs.runner import OwnerOffline
@@ -28,6 +29,7 @@ from fednano.unlearning.measure import Measurement, SetScores, SiteMeasurement
 from fednano.unlearning.methods import Method
 from fednano.unlearning.outcome import UnlearnRequest
 from fednano.unlearning.parties import Contribution, RoundPlan, looks_back, owner_weight, settings_of
+from fednano.unlearning.probes import is_back
 from fednano.unlearning.retrain import Retrained
 from fednano.unlearning.sites import some
 from fednano.unlearning.start import APPROXIMATE, EXACT, Rows, rows_from_sums
@@ -138,6 +140,30 @@ class LiveParties:
         """What is looked at after each round: the forget set at its owner, the utility here."""
         (reply,) = self._all("query", "probe", leaves, [self._request.client]).values()
         return Probe(_scores(_json(reply.reply.facts, "figures")), *self._utility(leaves))
+
+    def earlier(self, leaves: Mapping[str, Tensor], forgotten: Tombstones) -> dict[str, Any]:
+        """What an adapter knows of what earlier jobs forgot: job to figures, ``None`` where its owner cannot tell."""
+        owners = sorted({each.site for each in forgotten.sets} & set(self._live.nodes))
+        asked = {
+            owner: Instruction(self.config, NAME, 0, HostTicket(), False, {}, dict(leaves))
+            for owner in owners
+        }
+        figures: dict[str, float] = {}
+        for delivery in self._live.ask(asked, message_type="query.resurfaced", group=f"{NAME}-earlier"):
+            if delivery.reply.failure is None:
+                figures |= delivery.reply.metrics
+        found: dict[str, Any] = {}
+        for each in forgotten.sets:
+            value, count = figures.get(each.job), int(figures.get(f"{each.job}/samples", 0))
+            found[each.job] = None
+            if value is not None and each.level is not None:
+                found[each.job] = {
+                    "samples": count,
+                    "exact_memorisation": value,
+                    "level": each.level,
+                    "back": is_back(value, each.level, count),
+                }
+        return found
 
     def rows(self) -> Rows:
         """FILA's row weights: from the owner alone where it keeps samples, else with everybody's row sums."""
