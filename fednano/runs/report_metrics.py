@@ -111,27 +111,32 @@ def read_metrics(rows: list[dict[str, Any]]) -> Metrics:
                 found.judged[phase] = (each, row["samples"]) if row.get("final") else (row["samples"], whole)
         elif row.get("refused") is not None:
             found.refused.append((phase, number, str(row["client"]), str(row["refused"])))
-    for phase in found.phases:
-        own = [row for row in records if row["phase"] == phase]
+    for phase, own in _grouped(records, "phase").items():
         _client_losses(found, phase, own)
         found.planes[phase] = _plane_totals(own)
-        by_round: dict[int, list[dict[str, Any]]] = {}
-        for row in own:
-            by_round.setdefault(int(row["round"]), []).append(row)
-        found.round_planes[phase] = {n: sent for n, rows in by_round.items() if (sent := _plane_totals(rows))}
+        by_round = _grouped(own, "round").items()
+        found.round_planes[phase] = {int(n): sent for n, part in by_round if (sent := _plane_totals(part))}
     own = [row for row in records if row["phase"] == found.main and row["scope"] == "client"]
-    found.clients = _clients(own)
-    names = sorted({str(row["client"]) for row in own}, key=natural_key)
-    for name in names:
-        mine = [row for row in own if str(row["client"]) == name and not row.get("final")]
+    by_client = _grouped(own, "client")
+    by_client = {name: by_client[name] for name in sorted(by_client, key=natural_key)}
+    found.clients = _clients(by_client)
+    for name, mine in by_client.items():
         losses = {
             int(row["round"]): float(row["loss"]) if isinstance(row.get("loss"), int | float) else None
             for row in mine
-            if "loss" in row or row.get("refused") is not None
+            if not row.get("final") and ("loss" in row or row.get("refused") is not None)
         }
         if losses:
             found.client_rounds[name] = losses
     return found
+
+
+def _grouped(rows: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows by one of their values, as text, in order of appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(str(row[key]), []).append(row)
+    return groups
 
 
 def _keep(table: dict[str, dict[int, float]], phase: str, number: int, value: Any) -> None:
@@ -166,10 +171,9 @@ def _plane_totals(rows: list[dict[str, Any]]) -> dict[str, int]:
     return dict(sorted(merged.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
-def _clients(rows: list[dict[str, Any]]) -> list[Client]:
+def _clients(by_client: dict[str, list[dict[str, Any]]]) -> list[Client]:
     clients = []
-    for name in sorted({str(row["client"]) for row in rows}, key=natural_key):
-        own = [row for row in rows if row["client"] == name]
+    for name, own in by_client.items():
         final = [row for row in own if row.get("final")]
         training = [row for row in own if not row.get("final")]
         merged = [row for row in training if row.get("refused") is None]
