@@ -32,12 +32,12 @@ def channel(host: RunningHost) -> Iterator[grpc.Channel]:
 
 def step_header(**changes: Any) -> pb.StepHeader:
     packed = pb.Packed(dtype=pb.FLOAT32, hidden_size=D, lengths=LENGTHS, scale=1.0)
-    for name in ("dtype", "hidden_size", "lengths", "scale"):
+    for name in ("dtype", "hidden_size", "lengths", "scale", "images"):
         if name in changes:
             value = changes.pop(name)
-            if name == "lengths":
-                del packed.lengths[:]
-                packed.lengths.extend(value)
+            if name in ("lengths", "images"):
+                packed.ClearField(name)
+                getattr(packed, name).extend(value)
             else:
                 setattr(packed, name, value)
     return pb.StepHeader(**{"objective": "cross_entropy", "embeds": packed, "want_gradient": True, **changes})
@@ -99,6 +99,22 @@ STEPS: dict[str, tuple[list[Any], str]] = {
     "NaN": ([step_header(), step_body(numbers=NAN)], "embeds: sample 1 holds NaN or infinity"),
     "label too big": ([step_header(), step_body(labels=[1] * 7 + [V])], f"labels: sample 1 has label {V}"),
     "label negative": ([step_header(), step_body(labels=[1, -7, *[1] * 6])], "labels: sample 0 has label -7"),
+    "image beyond its sample": (
+        [step_header(images=[pb.ImageSpan(sample=0, start=2, height=2, width=2)])],
+        "images: sample 0 of 3 tokens has an image of 2 x 2 tokens at 2",
+    ),
+    "image without tokens": (
+        [step_header(images=[pb.ImageSpan(sample=1, start=0, height=0, width=2)])],
+        "images: sample 1 of 5 tokens has an image of 0 x 2 tokens",
+    ),
+    "huge image": (
+        [step_header(images=[pb.ImageSpan(sample=1, start=1, height=2**32 - 1, width=2**32 - 1)])],
+        "expected images in order, side by side, inside the sample",
+    ),
+    "image of no sample": (
+        [step_header(images=[pb.ImageSpan(sample=2, start=0, height=1, width=1)])],
+        "images: got those of sample 2, expected 0 to 1 in order",
+    ),
     "no label": ([step_header(), step_body(labels=[-100] * 3 + [1] * 5)], "labels: sample 0 has no label"),
 }
 
