@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Blocks", "repeated_blocks"]
+__all__ = ["Blocks", "repeated_blocks", "stand_aside"]
 
 
 _HERE = threading.local()
@@ -70,6 +70,16 @@ class _Forward:
         if self._number < getattr(_HERE, "count", 0):
             return checkpoint(self.plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return self.plain(*args, **kwargs)
+
+
+def stand_aside(decoder: nn.Module) -> None:
+    """Give each block its own ``forward`` back: what others put in front of one now must not stand before `Blocks`.
+
+    A pass that is computed again would otherwise be computed again inside of itself.
+    """
+    for block in repeated_blocks(decoder):
+        if isinstance(block.forward, _Forward):
+            block.forward = block.forward.plain
 
 
 def repeated_blocks(decoder: nn.Module) -> list[nn.Module]:

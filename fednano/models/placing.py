@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fednano.errors import ConfigError, ModelError
-from fednano.models.blocks import repeated_blocks
+from fednano.models.blocks import repeated_blocks, stand_aside
 from fednano.models.language import LanguagePart
 
 __all__ = ["block_devices", "lay_out_devices", "parse_device_map", "spread"]
@@ -122,6 +122,7 @@ def spread(part: LanguagePart, devices: Sequence[torch.device], shares: Sequence
             "a model over several devices needs the package accelerate: pip install 'fednano[multi-gpu]'"
         ) from error
     places = block_devices(part.decoder, devices, shares)
+    stand_aside(part.decoder)
     skip: Any = getattr(part.decoder, "_skip_keys_device_placement", None)  # a cache lies where its blocks do
     with torch.no_grad():
         # Hooks even where all devices are one: then it is the same program that runs.
