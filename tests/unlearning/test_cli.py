@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,19 @@ def test_a_changed_receipt_or_log_ends_with_its_own_code(terminal: Terminal) -> 
     assert "signature" in terminal(
         "verify-receipt", str(receipt), "--key", key, "--log", str(log), code=EXIT_INVALID
     )
+
+
+def test_a_site_that_took_no_part_is_named_with_those_that_did(terminal: Terminal) -> None:
+    CliRunner().invoke(app, ["unlearn", "keygen", "--site", "client-009"], catch_exceptions=False)
+    said = terminal("submit", "--site", "client-009", "--client", "--reason", "x", code=EXIT_MISTAKE)
+    assert "took no part" in said
+    assert all(site in said for site in SITES)
+
+
+def test_a_job_past_its_deadline_raises_an_alarm(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal(*SUBMIT, "--deadline", "2090-01-01")
+    assert "OVERDUE" not in terminal("list")
+    monkeypatch.setattr("fednano.unlearning.jobs.job.now", lambda: datetime(2090, 1, 2, tzinfo=UTC))
+    for words in (("list",), ("show", "u0001"), ("watch", "u0001", "--timeout", "0.01")):
+        assert "OVERDUE" in terminal(*words, code=EXIT_STATE if words[0] == "watch" else 0)
+    assert terminal.json("show", "u0001")["overdue"]
