@@ -15,7 +15,10 @@ from processes import free_port
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]  # some four minutes of CPU time: too long for every change
 
 ROOT = Path(__file__).parents[2]
 SITE = "client-001"
