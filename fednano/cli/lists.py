@@ -68,7 +68,7 @@ def _show(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         if flags:
             facts.append(f"works with: {', '.join(flags)}")
         typer.secho(str(name), bold=True)
-        for line in (str(text), *facts):
+        for line in (str(text), " · ".join(facts)):
             typer.echo(
                 textwrap.fill(
                     line, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False

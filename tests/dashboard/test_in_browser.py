@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import sqlite3
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from watched_runs import ROUNDS, round_rows, served, write_run
 
+from fednano.host.metrics import serve_metrics
 from fednano.runs import RunFolder
+from fednano.unlearning.jobs.store import Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+playwright.expect.set_options(timeout=30_000)
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "screenshots.py"
 spec = importlib.util.spec_from_file_location("screenshots", SCRIPT)
@@ -110,6 +116,30 @@ def test_it_follows_a_run_from_an_empty_folder_on(page: Any, tmp_path: Path) -> 
         other.close()
         assert page.complaints == []
     playwright.expect(page.locator("#link")).to_contain_text("does not answer", timeout=20_000)
+
+
+def test_jobs_and_host_load(page: Any, runs: Path) -> None:
+    folder = next(runs.glob("*-ward")) / "unlearning"
+    Store(folder / "jobs.sqlite")  # the schema of the jobs' own store
+    with closing(sqlite3.connect(folder / "jobs.sqlite")) as database, database:
+        job = ("u0001", "k", "site-a", "queued", "2026-01-01T00:00:00Z", "2026-01-01T00:00:00Z", "{}")
+        columns = "id, key, site, state, created, updated, envelope"
+        database.execute(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", job)
+    load = {"in_flight": 3, "step_tokens": 1234, "refused_quota": 2}
+    with (
+        serve_metrics("127.0.0.1:0", lambda: load) as address,
+        served(runs, "--host-metrics", f"http://{address}/metrics") as url,
+    ):
+        page.goto(url)
+        playwright.expect(page.locator("#jobs")).to_contain_text("u0001")
+        playwright.expect(page.locator("#jobs")).to_contain_text("queued")
+        playwright.expect(page.locator("#host-load")).to_contain_text("1,234")
+        load["in_flight"] = 7
+        tile = page.locator("#host-load .tile", has_text="in flight")
+        playwright.expect(tile.locator("strong")).to_have_text("7")
+        playwright.expect(page.locator("#host-load")).to_contain_text("refused: quota")
+        assert page.evaluate(WIDE) == []
+        assert page.complaints == []
 
 
 @pytest.mark.slow
