@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from fednano import __version__
 from fednano.cli.audit import app as audit_app
@@ -153,9 +155,16 @@ def export(
     typer.echo(str(done.folder))
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+class _AsTheyAre(TyperCommand):
+    """Hands its words on whole: click would take out the ``--`` behind which `fednano host bench` has the host's own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leaves all words to the program."""
+        ctx.args = list(args)
+        return ctx.args
+
+
+@app.command(cls=_AsTheyAre)
 def host(context: typer.Context) -> None:
     """Serve the frozen language model to the clients of runs. `fednano host --help` lists the options."""
     from fednano.host.cli import main as serve

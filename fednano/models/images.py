@@ -136,7 +136,7 @@ def decoder_inputs(
     pads = [0] * samples if lengths is None else [longest - length for length in lengths]
     mask = None
     if lengths is None:
-        positions = torch.arange(longest).unsqueeze(0)
+        positions = torch.arange(longest, device=x.device).unsqueeze(0)
     else:
         positions = (torch.arange(longest) - torch.tensor(pads).unsqueeze(1)).clamp(min=0)
         mask = (torch.arange(longest) >= torch.tensor(pads).unsqueeze(1)).long().to(x.device)

@@ -219,3 +219,21 @@ def test_benchmarks_are_programs_that_the_command_finds() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["bench", "--clients", "2", "--", "--device-map", "cpu,cpu"],
+        ["--model", "tiny", "--weights", "int8"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_host_gets_its_words_as_they_are(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import fednano.host.cli as program
+
+    given: list[str] = []
+    monkeypatch.setattr(program, "main", lambda argv: given.extend(argv) or 7)
+    assert CliRunner().invoke(app, ["host", *words]).exit_code == 7
+    assert given == words
