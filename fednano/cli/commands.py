@@ -156,7 +156,7 @@ def export(
 
 
 class _AsTheyAre(TyperCommand):
-    """Hands its words on whole: click would take out the ``--`` behind which `fednano host bench` has the host's own."""
+    """Hands its words on whole: click would take out the ``--`` that `fednano host bench` needs."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Leaves all words to the program."""

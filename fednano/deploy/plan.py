@@ -50,6 +50,9 @@ class HostSettings:
     workers: int = 2
     threads: int = 1
     batch_tokens: int = 0
+    device_map: str = ""
+    weights: str = ""
+    log_format: str = "text"
 
 
 @dataclass(frozen=True)

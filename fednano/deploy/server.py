@@ -86,7 +86,9 @@ def _host(place: ServerPlace, plan: Plan, metrics: int) -> list[str]:
         *("--model", host.model, "--listen", f"{plan.listen}:{plan.host_port}", "--server", str(place.root)),
         *("--device", host.device, "--dtype", host.dtype, "--workers", str(host.workers)),
         *("--threads", str(host.threads), "--batch-tokens", str(host.batch_tokens)),
-        *("--metrics", f"127.0.0.1:{metrics}", "--log-level", "INFO"),
+        *(("--device-map", host.device_map) if host.device_map else ()),
+        *(("--weights", host.weights) if host.weights else ()),
+        *("--metrics", f"127.0.0.1:{metrics}", "--log-level", "INFO", "--log-format", host.log_format),
     )
 
 

@@ -273,14 +273,7 @@ class StepBatcher:
             return
         self._free_since = time.monotonic()
         self._pass_seconds = self._free_since - began
-        event(
-            log,
-            "pass",
-            requests=[request.ask.request for request in batch],
-            samples=sum(request.samples for request in batch),
-            tokens=sum(sum(request.ask.lengths) for request in batch),
-            ms=round(1000 * self._pass_seconds),
-        )
+        self._tell(batch)
         if self._lane.apart and self._waiting_tokens() >= _ENOUGH_TOKENS:
             # Nobody is waited for then: the next pass comes before these replies, see `_launched`.
             self._running -= {task for task in (asyncio.current_task(),) if task is not None}
@@ -292,6 +285,17 @@ class StepBatcher:
                 request.reply.set_exception(outcome)
             else:
                 request.reply.set_result(outcome)
+
+    def _tell(self, batch: list[_Waiting]) -> None:
+        event(
+            "pass",
+            {
+                "requests": [request.ask.request for request in batch],
+                "samples": sum(request.samples for request in batch),
+                "tokens": sum(sum(request.ask.lengths) for request in batch),
+                "ms": round(1000 * self._pass_seconds),
+            },
+        )
 
     async def _together(self, batch: list[_Waiting]) -> list[_Found]:
         """One pass for all; if that does not fit into memory, one for each."""

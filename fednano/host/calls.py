@@ -157,7 +157,7 @@ class Calls:
         more: tuple[tuple[str, str], ...] = (),
     ) -> NoReturn:
         self._stats.add(f"refused_{reason}")
-        event(log, "request refused", **trace.fields(), reason=reason)
+        event("request refused", trace.fields() | {"reason": reason}, usual=False)
         log.debug("%s refused (%s): %s", trace, reason, text)
         await context.abort(code, text, ((REASON_KEY, reason), *more))
         raise AssertionError("unreachable")

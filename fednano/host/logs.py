@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 __all__ = ["FORMATS", "configure", "event"]
 
 FORMATS = ("text", "json")
 _FIELDS = "fednano_fields"
+_requests = logging.getLogger("fednano.host.requests")
 
 
-def event(log: logging.Logger, what: str, **fields: object) -> None:
-    """Log that something happened.
+def event(what: str, fields: Mapping[str, object], *, usual: bool = True) -> None:
+    """Log that something happened to requests.
 
     Args:
-        log: where, at level INFO.
         what: such as ``"request done"``.
         fields: what is known of it.
+        usual: whether it is nothing to look into. Of a busy host such lines are many: they are left out of a log for
+            people above level DEBUG.
     """
-    if log.isEnabledFor(logging.INFO):
+    level = logging.DEBUG if usual else logging.INFO
+    if _requests.isEnabledFor(level):
         text = " ".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
-        log.info("%s %s", what, text, extra={_FIELDS: {"event": what, **fields}})
+        _requests.log(level, "%s %s", what, text, extra={_FIELDS: {"event": what, **fields}})
 
 
 class _Json(logging.Formatter):
@@ -48,9 +52,11 @@ def configure(kind: str, level: str) -> None:
 
     Args:
         kind: one of `FORMATS`.
-        level: lines below it are left out.
+        level: lines below it are left out; at INFO, JSON has a line for each request and each pass.
     """
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     if kind == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(_Json())
+    every = kind == "json" and logging.getLogger().isEnabledFor(logging.INFO)
+    _requests.setLevel(logging.DEBUG if every else logging.NOTSET)

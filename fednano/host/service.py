@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -32,8 +31,6 @@ from fednano.host.wire import chunk_message
 from fednano.models.language import LocalLLM
 
 __all__ = ["LanguageHost"]
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -324,4 +321,4 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         self._stats.add(f"{trace.call}_done")
         self._stats.add(f"{trace.call}_samples", samples)
         self._stats.add(f"{trace.call}_tokens", tokens)
-        event(log, "request done", **trace.fields(), samples=samples, tokens=tokens)
+        event("request done", trace.fields() | {"samples": samples, "tokens": tokens})

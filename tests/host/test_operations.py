@@ -50,7 +50,9 @@ def own_logging() -> Iterator[None]:
     before, level = root.handlers[:], root.level
     root.handlers = []
     yield
-    root.handlers, root.level = before, level
+    root.handlers = before
+    root.setLevel(level)
+    logging.getLogger("fednano.host.requests").setLevel(logging.NOTSET)
 
 
 @pytest.mark.usefixtures("own_logging")
@@ -90,10 +92,12 @@ def test_logs_for_programs_name_requests_and_nothing_they_hold(
 
 @pytest.mark.usefixtures("own_logging")
 def test_logs_for_people_say_the_same(local: LocalLLM, capsys: pytest.CaptureFixture[str]) -> None:
-    configure("text", "INFO")
-    with serve(local, grace=1.0) as host, RemoteLLM(host.address, insecure=True) as remote:
-        take_step(remote, make_batch([4]))
-    assert 'INFO fednano.host.service: request done call="step"' in capsys.readouterr().err
+    for level in ("DEBUG", "INFO"):
+        configure("text", level)
+        with serve(local, grace=1.0) as host, RemoteLLM(host.address, insecure=True) as remote:
+            take_step(remote, make_batch([4]))
+        said = 'DEBUG fednano.host.requests: request done call="step"' in capsys.readouterr().err
+        assert said == (level == "DEBUG")  # a line for each request would be too many for people
 
 
 def test_a_host_serves_only_after_a_first_pass() -> None:
