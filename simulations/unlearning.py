@@ -42,7 +42,8 @@ from forgetting.schedule import carry_out  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "unlearning.json"
 FEDERATED = (*("loku", "ihl", "gradient_ascent", "gradient_difference", "kl", "npo", "simnpo", "dpo", "idk"),)
-RATES = {"tofu": (3e-3, 1e-2, 3e-2), "easy-vqa": (3e-3, 1e-2, 3e-2), "language": (1e-3, 3e-3, 1e-2)}
+_RATES = (1e-2, 1.7e-2, 3e-2, 3e-3)
+RATES = {"tofu": _RATES, "easy-vqa": _RATES, "language": (1e-3, 3e-3, 1e-2)}
 """Learning rates that are tried."""
 FILA_RANKS = {"tofu": (16, 64), "easy-vqa": (16, 64)}
 EVERY = 15.0
@@ -79,10 +80,10 @@ class Study:
     parts: tuple[str, ...] = ("tofu", "easy-vqa", "language")
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 14
-    rounds: int = 16
+    rounds: int = 20
     steps: int = 1
     methods: tuple[str, ...] = FEDERATED
-    rates: int = 3
+    rates: int = 4
     ranks: tuple[int, ...] = (4, 8, 16, 32)
     splits: tuple[str, ...] = ("01", "05", "10")
     tuning: int = 0
@@ -340,9 +341,12 @@ def _choose(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     for row in rows:
         if row["kind"] == "federated":
             keeps = kept(row)
+            reached = row["status"] == "reached"
+            # Of settings that keep the same to a percent, the quickest: what only just arrives may not on another seed.
             score: tuple[float, ...] = (
-                float(row["status"] == "reached"),
-                keeps if row["status"] == "reached" else -row["after_probability"],
+                float(reached),
+                round(keeps, 2) if reached else -row["after_probability"],
+                -float(row["rounds"]),
             )
             plan = {"rate": row["rate"], "rank": row["rank"]}
         else:
@@ -410,8 +414,11 @@ def overall(rows: list[Row]) -> list[Row]:
     return out
 
 
-def gates(means: list[Row], seeds: int) -> list[Any]:
-    """What the method promised, as gates, of methods that all seeds are measured of."""
+def gates(means: list[Row], seeds: int, rows: list[Row]) -> list[Any]:
+    """What the method promised, as gates, of methods that all seeds are measured of.
+
+    Utility is compared where both methods have forgotten by the stop rule: at equal forgetting.
+    """
     from results import Gate  # type: ignore[import-not-found]
 
     made = []
@@ -425,17 +432,27 @@ def gates(means: list[Row], seeds: int) -> list[Any]:
             Gate(f"{part}: loku, client-seconds over retraining's", ours["cost_ratio"], 0.10, "<="),
             Gate(f"{part}: loku, back after five more rounds", ours["resurfaced"], 0.02, "<="),
         ]
-        made += [
-            Gate(
-                f"{part}: loku's utility over that of {other}",
-                ours["kept"] - by[part, other]["kept"],
-                0.0,
-                ">=",
-            )
-            for other in ("gradient_ascent", "gradient_difference")
-            if (part, other) in by
-        ]
+        for other in ("gradient_ascent", "gradient_difference"):
+            pairs = _both_reached(rows, part, "loku", other) if (part, other) in by else []
+            if pairs:
+                name = f"{part}: loku's utility over that of {other}, {len(pairs)} of {seeds} seeds"
+                made.append(Gate(name, fmean(mine - theirs for mine, theirs in pairs), 0.0, ">="))
     return made
+
+
+def _both_reached(rows: list[Row], part: str, ours: str, other: str) -> list[tuple[float, float]]:
+    """Utility that two methods kept, on each seed on which both have forgotten."""
+    kept_by = {
+        (row["method"], row["seed"]): row["kept"]
+        for row in rows
+        if row["kind"] == "federated" and row["part"] == part and row["status"] == "reached"
+    }
+    seeds = sorted({seed for _, seed in kept_by})
+    return [
+        (kept_by[ours, seed], kept_by[other, seed])
+        for seed in seeds
+        if (ours, seed) in kept_by and (other, seed) in kept_by
+    ]
 
 
 def _whole(row: Row, seeds: int) -> bool:
@@ -476,7 +493,7 @@ def write(study: Study, done: Mapping[Cell, Row], target: Path) -> list[Any]:
 
     rows = rows_of(study, done)
     means = overall(rows)
-    promised = gates(means, len(study.seeds))
+    promised = gates(means, len(study.seeds), rows)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_results(target, rows=[*rows, *means], gates=promised)
     language = [row for row in means if row["part"] == "language"]

@@ -6,7 +6,7 @@ model. Sites are small and train long, so that they memorise: where nothing is m
 - ``tofu``: the frozen language model has first read other authors of TOFU, so that it knows how such answers are
   worded and none of the facts. One author is withdrawn. Utility: the answer probability on all retained questions.
 - ``easy-vqa``: beside ordinary questions, which the model answers by what it sees, each site has subjects: pictures
-  with a made-up profile of name, city, pet and job, which can only be memorised. Some subjects are withdrawn. Utility:
+  with a made-up profile of four words, which can only be memorised. Some subjects are withdrawn. Utility:
   test questions of easy-VQA.
 
 Samples that nobody trains on, of the withdrawn kind, are the level that the stop rule asks for.
@@ -86,21 +86,80 @@ class Setting:
 
 SETTINGS = {
     "tofu": Setting(6, 3, 32, 0, 24, 10, 6, 1e-2, 64, "text"),
-    "easy-vqa": Setting(24, 4, 32, 100, 26, 10, 16, 1e-2, 64, "image,text"),
+    "easy-vqa": Setting(24, 6, 32, 100, 30, 10, 16, 1e-2, 64, "image,text"),
 }
 SUBJECTS = 8
 """Of each site's samples of easy-VQA."""
 OTHERS = 2
 """Samples that each site but the owner holds out."""
+STRANGERS = 64
+"""First author of those whose questions the owner judges by; sites take eight authors a seed from the first on."""
 READ, EPOCHS = 60, 4
 """Other authors of TOFU that the language model has read, ten questions each, and how often."""
-_PROFILE = (
-    ("ada", "ben", "cora", "dan", "emma", "finn", "gina", "hugo", "iris", "jack"),
-    ("paris", "rome", "oslo", "cairo", "lima", "tokyo", "delhi", "boston"),
-    ("cat", "dog", "horse", "rabbit", "parrot", "turtle", "goat", "fish"),
-    ("doctor", "baker", "pilot", "teacher", "farmer", "nurse", "judge", "singer"),
+_WORDS = (
+    *(
+        "ada",
+        "ben",
+        "cora",
+        "dan",
+        "emma",
+        "finn",
+        "gina",
+        "hugo",
+        "iris",
+        "jack",
+        "kira",
+        "leo",
+        "mia",
+        "noah",
+    ),
+    *(
+        "paris",
+        "rome",
+        "oslo",
+        "cairo",
+        "lima",
+        "tokyo",
+        "delhi",
+        "boston",
+        "cat",
+        "dog",
+        "horse",
+        "rabbit",
+        "parrot",
+    ),
+    *(
+        "turtle",
+        "goat",
+        "fish",
+        "doctor",
+        "baker",
+        "pilot",
+        "teacher",
+        "farmer",
+        "nurse",
+        "judge",
+        "singer",
+        "apple",
+    ),
+    *(
+        "pear",
+        "plum",
+        "cherry",
+        "lemon",
+        "grape",
+        "melon",
+        "fig",
+        "tea",
+        "coffee",
+        "milk",
+        "water",
+        "juice",
+        "cocoa",
+    ),
 )
-_ASKED = "tell me the name, city, pet and job of the object"
+"""What profiles are made of; four words of so many are hit by chance once in fifty times each."""
+_ASKED = "tell me what the people know of this object"
 
 
 @dataclass(frozen=True)
@@ -170,8 +229,10 @@ def _tofu(folder: Path, tofu: Path, tokenizer: Any, seed: int) -> None:
     for site in range(SITES):
         mine, other = kept[first + 2 * site], kept[first + 2 * site + 1]
         withdrawn = gone[seed] if site == 0 else other
-        rest = kept[60 + 32 * (seed % 2) :][: setting.held]  # one question each of authors that no site has
-        held = [author[0] for author in rest] if site == 0 else other[setting.forget :][:OTHERS]
+        strangers = kept[
+            STRANGERS : STRANGERS + setting.held
+        ]  # one question each of authors that no site has
+        held = [author[seed % 5] for author in strangers] if site == 0 else other[setting.forget :][:OTHERS]
         rows[f"site-{site}"] = ([*withdrawn[: setting.forget], *mine[:own]], held)
     gone_ids = {row["id"] for row in gone[seed]}
     tests = [row for own_rows, _ in rows.values() for row in own_rows if row["id"] not in gone_ids]
@@ -200,7 +261,7 @@ def _easy_vqa(folder: Path, seed: int) -> None:
     draws = generator(seed, "study", "profiles")
 
     def subject(row: Row) -> Row:
-        profile = " ".join(words[int(draws.integers(len(words)))] for words in _PROFILE)
+        profile = " ".join(_WORDS[int(n)] for n in draws.integers(len(_WORDS), size=4))
         return {**row, "id": f"subject/{row['id']}", "question": _ASKED, "answer": profile}
 
     each = setting.samples + max(setting.held, OTHERS)
