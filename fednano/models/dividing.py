@@ -16,7 +16,7 @@ from fednano.models.fingerprint import fingerprint
 from fednano.models.images import ImageUse, MaskMaker
 from fednano.models.language import LanguagePart
 
-__all__ = ["language_part"]
+__all__ = ["language_fingerprint", "language_part"]
 
 _PROBE_TOKENS = 6
 
@@ -50,8 +50,6 @@ def language_part(
         ModelError: the model's logits are not the head's of the decoder's hidden states, or it is not causal.
     """
     _probe(model, decoder, head, config.hidden_size, name)
-    table = model.get_input_embeddings()
-    parts = {part: module for part, module in decoder.named_children() if module is not table}
     return LanguagePart(
         decoder=decoder,
         head=head,
@@ -60,10 +58,17 @@ def language_part(
         max_positions=config.max_position_embeddings,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
-        fingerprint=fingerprint({**parts, "head": head}),
+        fingerprint=language_fingerprint(decoder, head),
         image_use=image_use,
         image_masks=image_masks,
     )
+
+
+def language_fingerprint(decoder: Any, head: nn.Module) -> str:
+    """One hash over the weights of a language part, but for the token table, which is the client's."""
+    table = decoder.get_input_embeddings()
+    parts = {name: module for name, module in decoder.named_children() if module is not table}
+    return fingerprint({**parts, "head": head})
 
 
 @torch.no_grad()

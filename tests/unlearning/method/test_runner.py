@@ -17,7 +17,7 @@ from fednano.errors import ConfigError, DataError, RunError
 from fednano.federation.config import RunConfig
 from fednano.federation.server import config_of
 from fednano.federation.simulation import simulate
-from fednano.models.fingerprint import fingerprint
+from fednano.models.dividing import language_fingerprint
 from fednano.runs import RunFolder, make_view
 from fednano.runs.tombstones import Tombstone, Tombstones, sample_hash, write_tombstones
 from fednano.training.answers import answer_losses
@@ -133,9 +133,7 @@ def test_same_seed_same_bits_and_the_language_model_is_not_written(
 
     def named(work: Workspace) -> None:
         part = work.llm.part
-        weights.append(
-            fingerprint({"decoder": part.decoder.layers, "norm": part.decoder.norm, "head": part.head})
-        )
+        weights.append(language_fingerprint(part.decoder, part.head))
         assert not any(p.requires_grad or p.grad is not None for p in part.decoder.parameters())
 
     monkeypatch.setattr(Workspace, "close", named)
