@@ -85,14 +85,13 @@ class Driven:
     received: int = 0
 
     def rate(self) -> float:
-        """Steps per second, over the time in which every client had had its first answer and none had its last."""
+        """Steps per second of all clients: the sum of their rates between their first answers and their last.
+
+        Not what was answered within one time for all: a host answers the clients of a joint batch at once, and
+        whichever answer such a time began or ended with would cut a batch in two.
+        """
         ended = [[end for _, end in client] for client in self.steps if len(client) > 1]
-        if not ended:
-            return 0.0
-        begin, close = max(client[0] for client in ended), min(client[-1] for client in ended)
-        if close <= begin:  # few steps of unequal clients: the whole time then
-            begin, close = min(client[0] for client in ended), max(client[-1] for client in ended)
-        return sum(begin < end <= close for client in ended for end in client) / (close - begin)
+        return sum((len(client) - 1) / (client[-1] - client[0]) for client in ended)
 
     def latency(self, share: float) -> float:
         """Seconds within which ``share`` of the steps were answered, each client's first left out."""

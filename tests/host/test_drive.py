@@ -18,13 +18,20 @@ from fednano.host.drive import Driven, Load, batch_of, main, play
 from fednano.models.language import LocalLLM
 
 
-def test_the_rate_counts_only_while_all_clients_ask() -> None:
-    # One begins late and one ends early: between 2 s and 4 s the two answer 2 and 1 steps.
+def test_the_rate_is_that_of_each_client_between_its_first_answer_and_its_last() -> None:
+    # One step a second, and one in two seconds.
     driven = Driven([[(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)], [(1, 2), (2, 4)]])
     assert driven.rate() == pytest.approx(3 / 2)
     assert driven.latency(0.5) == pytest.approx(1)
     assert driven.latency(0.99) == pytest.approx(2)
     assert Driven().rate() == Driven([[(0, 1)]]).rate() == Driven().latency(0.5) == 0
+
+
+def test_a_joint_batch_counts_whole() -> None:
+    """Eight clients are answered together every second, a little one after the other, whatever is seen of it."""
+    for count in (2, 3, 9):
+        driven = Driven([[(n + c / 1e3, n + 1 + c / 1e3) for n in range(count)] for c in range(8)])
+        assert driven.rate() == pytest.approx(8)
 
 
 def test_clients_take_steps_and_keep_their_gradients(
