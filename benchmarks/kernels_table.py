@@ -1,4 +1,6 @@
-"""Write the tables of ``docs/kernels.md`` from ``benchmarks/results/kernels.json``; ``--check`` only compares.
+"""Write the tables of ``docs/kernels.md`` from the results of ``fednano bench kernels``; ``--check`` only compares.
+
+``kernels.json`` holds the kernels, ``client_step.json`` a client's step as a whole (``--only client_step``).
 
 python -m benchmarks.kernels_table [--check]
 """
@@ -52,6 +54,21 @@ def rows(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def client(document: dict[str, Any]) -> str:
+    """A client's step and Fisher: milliseconds and peak memory of every way."""
+    lines = ["| what | case | way | ms | times as fast | extra memory, MB |", "|---|---|---|---:|---:|---:|"]
+    for row in document["rows"]:
+        for name, milliseconds in row["ms"].items():
+            bold = "**" if name in OURS else ""
+            cells = [
+                *(row["kernel"], row["case"], f"{bold}{name}{bold}", f"{milliseconds:.2f}"),
+                *(f"{row['base_ms'] / milliseconds:.2f}", f"{row['peak_bytes'][name] / 1e6:.0f}"),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    gpu = document["hardware"]["gpus"][0]["name"]
+    return "\n".join(lines) + f"\n\nOne {gpu}, commit `{document['commit']}`, plain calls from Python.\n"
+
+
 def card(document: dict[str, Any]) -> str:
     """What was measured on."""
     hardware, versions = document["hardware"], document["versions"]
@@ -64,10 +81,12 @@ def card(document: dict[str, Any]) -> str:
     )
 
 
-def render(page: str, document: dict[str, Any]) -> str:
+def render(page: str, results: Path) -> str:
     """The page with every block replaced."""
-    blocks = {"gates": gates, "rows": rows, "card": card}
-    return _BLOCK.sub(lambda m: m.group(1) + blocks[m.group("name")](document) + m.group(3), page)
+    kernels = read_results(results / "kernels.json")
+    made = {"gates": gates(kernels), "rows": rows(kernels), "card": card(kernels)}
+    made["client"] = client(read_results(results / "client_step.json"))
+    return _BLOCK.sub(lambda m: m.group(1) + made[m.group("name")] + m.group(3), page)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
     old = PAGE.read_text(encoding="utf-8")
-    new = render(old, read_results(ROOT / "benchmarks" / "results" / "kernels.json"))
+    new = render(old, ROOT / "benchmarks" / "results")
     if options.check:
         print(
             "docs/kernels.md is current"

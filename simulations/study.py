@@ -2,6 +2,7 @@
 
     python simulations/study.py                       # the whole matrix: hours
     python simulations/study.py --small               # `make study-small`: minutes
+    python simulations/study.py --gather a.json b.json     # one results file of what several machines measured
     python simulations/study.py --rules fedavg "fedavgm beta=0.5" --alphas 0.1 --clients 5 --seeds 0 1 2
 
 However many clients there are, the same number of them takes part in each round (``--participants``), so all runs of
@@ -142,9 +143,14 @@ def measure(cell: Cell, work: Path, target: float) -> list[Row]:
             )
     kept: list[Row] = json.loads(path.read_text())
     for row in kept:
-        curve = row.get("curve") or []
-        row["rounds_to_target"] = next((n for n, accuracy in curve if accuracy >= target), None)
+        note_target(row, target)
     return kept
+
+
+def note_target(row: Row, target: float) -> None:
+    """Add the first round that reached an accuracy, None if no round did."""
+    curve = row.get("curve") or []
+    row["rounds_to_target"] = next((n for n, accuracy in curve if accuracy >= target), None)
 
 
 def take_over(cells: Sequence[Cell], results: Path, work: Path) -> None:
@@ -260,7 +266,23 @@ def draw(means: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def write(rows: list[Row], target: Path) -> None:
+def gathered(files: Sequence[Path], target: float) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of several results files, each cell's once, and the machines that they were measured on."""
+    rows: dict[tuple[str, str], Row] = {}
+    machines: list[dict[str, Any]] = []
+    for file in files:
+        document = json.loads(file.read_text())
+        for row in document["rows"]:
+            if row["seed"] != "all":
+                note_target(row, target)
+                rows.setdefault((row["cell"], row["rule"]), row)
+        known = document["hardware"].pop("measured_on", None) or [document["hardware"]]
+        machines += [machine for machine in known if machine not in machines]
+    ordered = sorted(rows.values(), key=lambda r: (r["clients"], r["alpha"], r["rule"], r["seed"]))
+    return ordered, machines
+
+
+def write(rows: list[Row], target: Path, machines: Sequence[dict[str, Any]] = ()) -> None:
     """The results file and its picture; a rule that has no figure for the gate gets none."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from results import Gate, write_results  # type: ignore[import-not-found]
@@ -273,7 +295,8 @@ def write(rows: list[Row], target: Path) -> None:
         else [Gate("share of the gap to centralised closed by the default", share, 0.5, ">=")]
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_results(target, rows=[*rows, *means], gates=gates)
+    hardware = {"measured_on": list(machines)} if machines else {}
+    write_results(target, rows=[*rows, *means], gates=gates, hardware=hardware)
     if means:
         draw(means, target.with_suffix(".svg"))
 
@@ -299,6 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--tune", action="store_true", help="choose each rule's options among TRIALS first")
+    parser.add_argument(
+        "--gather", type=Path, nargs="+", metavar="FILE", help="measure nothing; make one file of these"
+    )
     parser.add_argument("--small", action="store_true", help="a matrix of minutes, under runs/study-small")
     options = parser.parse_args(arguments)
     if options.small:
@@ -313,6 +339,10 @@ def main(arguments: list[str] | None = None) -> int:
             json=Path("runs/study-small/study.json"),
         )
         options = parser.parse_args(arguments)
+    if options.gather:
+        rows, machines = gathered(options.gather, options.target)
+        write(rows, options.json, machines)
+        return 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
 
         def run(cells: list[Cell], target: Path | None) -> dict[Cell, list[Row]]:
