@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--small", action="store_true", help="only see that it works: seconds of training")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.small:
         options.clients, options.rounds, options.samples, options.test, options.repeats = 2, 2, 16, 32, 1
@@ -307,7 +307,7 @@ def main() -> None:
                 rows.append(row | {"seed": seed})
                 print(json.dumps(rows[-1]), flush=True)
     table = summarise(rows)
-    write_results(options.out, rows=[*table, *rows], gates=gates(table))
+    write_results(options.json, rows=[*table, *rows], gates=gates(table))
     for each in table:
         print(json.dumps(each))
 

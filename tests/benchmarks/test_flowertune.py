@@ -60,7 +60,7 @@ def test_seconds_come_from_begin_and_end_of_rounds() -> None:
 @pytest.mark.timeout(900)
 def test_both_run_in_small(tmp_path: Path) -> None:
     out = tmp_path / "flowertune.json"
-    command = [sys.executable, str(BENCHMARKS / "flowertune.py"), "--small", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "flowertune.py"), "--small", "--json", str(out)]
     subprocess.run(command, check=True, capture_output=True, timeout=800)
     ours, theirs = (each for each in json.loads(out.read_text())["rows"] if each.get("summary"))
     assert ours["zero_shot"] == theirs["zero_shot"]  # the same model, judged alike on the same questions
