@@ -121,9 +121,12 @@ def gates(document: dict[str, Any]) -> str:
 
 
 def study(document: dict[str, Any]) -> str:
-    """Accuracy of each rule over heterogeneity, at the smallest number of clients: mean and spread over seeds."""
+    """Accuracy of each rule over heterogeneity, a table for each number of clients: mean and spread over seeds."""
     means = [row for row in document["rows"] if row["seed"] == "all"]
-    clients = min(row["clients"] for row in means)
+    return "\n\n".join(_study_of(means, clients) for clients in sorted({row["clients"] for row in means}))
+
+
+def _study_of(means: list[dict[str, Any]], clients: int) -> str:
     found = {(row["rule"], row["alpha"]): row for row in means if row["clients"] == clients}
     alphas = sorted({alpha for _, alpha in found})
     head = f"| Accuracy, %, {clients} clients | " + " | ".join(f"alpha {alpha:g}" for alpha in alphas) + " |"
@@ -138,6 +141,20 @@ def study(document: dict[str, Any]) -> str:
         ]
         note = " (by its clients)" if any(row and row["judged"] == "clients" for row in rows) else ""
         lines.append(f"| {rule}{note} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def codecs(document: dict[str, Any]) -> str:
+    """Bytes and accuracy of each codec, means over the seeds."""
+    by_codec: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        by_codec.setdefault(row["codec"], []).append(row)
+    whole = fmean(row["uplink_bytes"] for row in by_codec["fp32"])
+    lines = ["| Codec | kB up, a client and round | of fp32 | Accuracy, % | Seeds |", "|---|---:|---:|---:|---:|"]
+    for name, rows in by_codec.items():
+        size = fmean(row["uplink_bytes"] for row in rows)
+        accuracy = _percent(fmean(row["accuracy"] for row in rows))
+        lines.append(f"| {name} | {size / 1e3:.1f} | {size / whole:.3f} | {accuracy} | {len(rows)} |")
     return "\n".join(lines)
 
 
@@ -193,6 +210,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "adapters-gates": ("adapters", gates),
     "study-gates": ("study", gates),
     "robustness": ("robustness", robustness),
+    "robustness-gates": ("robustness", gates),
+    "codecs": ("codecs", codecs),
+    "codecs-gates": ("codecs", gates),
     "host-card": ("host", host_tables.card),
     "host-gates": ("host", gates),
     "host-passes": ("host", host_tables.passes),
