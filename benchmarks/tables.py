@@ -150,7 +150,10 @@ def codecs(document: dict[str, Any]) -> str:
     for row in document["rows"]:
         by_codec.setdefault(row["codec"], []).append(row)
     whole = fmean(row["uplink_bytes"] for row in by_codec["fp32"])
-    lines = ["| Codec | kB up, a client and round | of fp32 | Accuracy, % | Seeds |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| Codec | kB up, a client and round | of fp32 | Accuracy, % | Seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, rows in by_codec.items():
         size = fmean(row["uplink_bytes"] for row in rows)
         accuracy = _percent(fmean(row["accuracy"] for row in rows))
