@@ -142,7 +142,8 @@ def run_fednano(data: Path, work: Path, options: argparse.Namespace, seed: int) 
     command = [
         str(Path(sys.executable).with_name("fednano")), "simulate", "--progress", "plain", "--data", str(data),
         "--partition", "folders", "--clients", str(options.clients), "--rounds", str(options.rounds), "--samples",
-        str(options.samples), "--batch-size", "16", "--holdout", "0", "--evaluate-every", "0", "--seed", str(seed),
+        str(options.samples), "--batch-size", "16", "--holdout", "0", "--evaluate-every", "0", "--evaluate-samples",
+        str(options.test), "--seed", str(seed),
         "--runs-dir", str(work / "runs"),
     ]  # fmt: skip
     started: dict[int, float] = {}

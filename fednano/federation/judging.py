@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from fednano.data import Sample
 from fednano.federation.evaluator import Judgement
 from fednano.federation.rounds import Federation, Leaves
+from fednano.runs.text import ZERO_SHOT
 
-__all__ = ["judge_all", "record_accuracy"]
+__all__ = ["judge_all", "judge_start", "record_accuracy"]
+
+
+def judge_start(fed: Federation, start: Leaves) -> Judgement | None:
+    """Answer the questions of the evaluations between rounds before training: the first point of the curve.
+
+    The whole test set is answered after training (`judge_all`), so that the first training step need not wait for it.
+
+    Returns:
+        The judgement where these questions are the whole set, which need not be asked again.
+    """
+    fewer = fed.evaluator.samples(fed.config.evaluate_samples)
+    if len(fewer) >= len(fed.evaluator.samples(fed.config.final_samples)):
+        return judge_all(fed, ZERO_SHOT, 0, start)
+    _judge(fed, ZERO_SHOT, 0, start, fewer, final=False)
+    return None
 
 
 def judge_all(fed: Federation, phase: str, number: int, leaves: Leaves) -> Judgement:
-    """Answer the questions of the first and last evaluation with the adapters of round ``number`` of a phase."""
+    """Answer the questions of the last evaluation with the adapters of round ``number`` of a phase."""
     samples = fed.evaluator.samples(fed.config.final_samples)
+    return _judge(fed, phase, number, leaves, samples, final=True)
+
+
+def _judge(
+    fed: Federation, phase: str, number: int, leaves: Leaves, samples: Sequence[Sample], *, final: bool
+) -> Judgement:
     judged = fed.evaluator.judge(leaves, samples)
     fed.view.evaluation(
         phase,
@@ -22,7 +45,9 @@ def judge_all(fed: Federation, phase: str, number: int, leaves: Leaves) -> Judge
         samples=len(samples),
         metric=fed.evaluator.title,
     )
-    record_accuracy(fed, phase, number, judged.accuracy, judged.loss, len(samples), judged.scores)
+    record_accuracy(
+        fed, phase, number, judged.accuracy, judged.loss, len(samples), judged.scores, final=final
+    )
     return judged
 
 
@@ -34,16 +59,19 @@ def record_accuracy(
     loss: float | None,
     samples: int,
     scores: Mapping[str, float] | None = None,
+    *,
+    final: bool = True,
 ) -> None:
-    """Append a phase's final figures, over ``samples`` questions, to the run's metrics."""
+    """Append a phase's figures over ``samples`` questions, its last ones if ``final``, to the run's metrics."""
     record: dict[str, object] = {
         "phase": phase,
         "round": number,
         "scope": "global",
-        "final": True,
         "accuracy": accuracy,
         "samples": samples,
     }
+    if final:
+        record["final"] = True
     if loss is not None:
         record["loss"] = loss
     if scores:

@@ -35,7 +35,7 @@ from fednano.federation.forgetting import (
 from fednano.federation.gathering import settle_basis
 from fednano.federation.hosting import open_host
 from fednano.federation.introduction import Introduced, introduce, remind
-from fednano.federation.judging import judge_all
+from fednano.federation.judging import judge_all, judge_start
 from fednano.federation.messages import HostTicket
 from fednano.federation.misbehaviour import assign
 from fednano.federation.model import build_edge, connect, gathers, settled, use_threads
@@ -216,7 +216,7 @@ def _run(
     _tell_faults(fed)
     _tell_bad_rows(fed, clients)
     _write_partition(folder, config, clients)
-    zero_shot = judge_all(fed, ZERO_SHOT, 0, start)
+    zero_shot = judge_start(fed, start)
     first = start_leaves(config, edge) if config.start_from else start
     resumed = resume_point(folder, first) if config.resume else PhaseResult(first)
     view.phase_started(MAIN_PHASE, config.rounds)
@@ -225,6 +225,7 @@ def _run(
     seconds = time.monotonic() - phase_began
     fit_rank(edge, result.leaves)
     folder.save_adapter(result.tuned, _adapter_info(config, edge, ticket))
+    zero_shot = zero_shot or judge_all(fed, ZERO_SHOT, 0, start)
     final = judge_all(fed, MAIN_PHASE, result.rounds, result.tuned)
     baselines = _judge_clients(fed, rule, result)
     baselines |= run_baselines(fed, start) if config.baselines else {}

@@ -140,12 +140,14 @@ class LiveView:
     ) -> None:
         """Show the accuracy."""
         with self._lock:
-            self._accuracies.append(accuracy)
             self._metric = metric
-            if phase == ZERO_SHOT:
+            if phase == ZERO_SHOT:  # judged once more, on all questions, while the main phase is shown
                 self._zero_shot = accuracy
+            else:
+                self._accuracies.append(accuracy)
         if not number:
-            self.message(f"{phase_title(phase)}: {metric} {format_percent(accuracy)}")
+            asked = f" on {samples:,} test questions" if samples else ""
+            self.message(f"{phase_title(phase)}: {metric} {format_percent(accuracy)}{asked}")
 
     def message(self, text: str, level: str = "info") -> None:
         """Print a line above the block."""
