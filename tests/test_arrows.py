@@ -56,7 +56,10 @@ ALLOWED: dict[str, set[str]] = {
         "security",
         "training",
     },
-    "deploy": {"errors", "federation", "host", "runs", "security"},
+    "deploy": {
+        *("errors", "federation", "host", "runs", "security"),
+        *("unlearning.jobs.states", "unlearning.live", "unlearning.protection"),
+    },
     "cli": {
         "board",
         "privacy",

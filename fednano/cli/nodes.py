@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fednano.errors import ConfigError, RunError
+from fednano.errors import RunError
 
 __all__ = ["client_app", "run", "server_app", "status"]
 
@@ -23,7 +23,6 @@ client_app = typer.Typer(
 Server = Annotated[Path, typer.Option("--server", help="Folder of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _HERE = Path("federation/server")
-_PATIENCE_S = 30.0
 
 
 @server_app.callback()
@@ -34,7 +33,10 @@ def _group() -> None:
 
 @server_app.command("up")
 def server_up_(server: Server = _HERE) -> None:
-    """Run SuperLink, gateway and language host until Ctrl-C or SIGTERM; what crashes is started again."""
+    """Run SuperLink, gateway and language host until Ctrl-C or SIGTERM; what crashes is started again.
+
+    Works on ordered runs and on unlearning jobs, one after the other.
+    """
     from fednano.deploy.server import server_up
 
     server_up(server)
@@ -54,7 +56,7 @@ def run(
     *, server: Server = _HERE, wait: bool = True, as_json: AsJson = False, settings: dict[str, Any]
 ) -> None:
     """Start a run among the enrolled sites, on a server that is up; resumed by itself after a crash."""
-    from fednano.deploy.node import read_status
+    from fednano.deploy.node import require_up
     from fednano.deploy.orders import Orders
     from fednano.security.place import ServerPlace
 
@@ -63,14 +65,9 @@ def run(
     order = orders.submit({name.replace("_", "-"): value for name, value in settings.items()})
     if not as_json:
         typer.echo(f"ordered {order.id}")
-    shown, seen = 0, time.monotonic()
+    shown, up = 0, require_up(place.root)
     while wait and order.state in ("waiting", "running"):
-        if read_status(place.root / "state") is not None:
-            seen = time.monotonic()
-        elif time.monotonic() - seen > _PATIENCE_S:  # it may be starting
-            raise ConfigError(
-                f"the order is kept, but no server is up in {server}. Start it: fednano server up --server {server}"
-            )
+        next(up)
         time.sleep(1)
         order = orders.get(order.id)
         if order.run and not as_json:

@@ -30,7 +30,7 @@ from fednano.cli.unlearn_common import (
     print_out,
     show_job,
 )
-from fednano.cli.unlearn_live import run_live
+from fednano.cli.unlearn_live import run_live, run_ordered
 from fednano.errors import ConfigError, JobStateError, RequestRefused
 
 if TYPE_CHECKING:
@@ -299,6 +299,10 @@ def run_queue(
             help="Also where the run had secure aggregation or noise; updates of a job have neither.",
         ),
     ] = False,
+    server: Annotated[
+        Path | None,
+        typer.Option(help="Have the server that is up in this folder do it, through its sites, and wait."),
+    ] = None,
     app_folder: Annotated[
         Path, typer.Option("--app", help="With --superlink: the folder of the Flower app.")
     ] = Path(),
@@ -306,23 +310,27 @@ def run_queue(
 ) -> None:
     """Work on the queue until it is empty; finish first what a killed worker left. Code 5 if a job did not commit.
 
-    With --superlink the samples stay where they are: the connected sites do the steps. Otherwise this machine needs
-    every site's data: that of a simulated run, or what --data names.
+    With --server or --superlink the samples stay where they are: the connected sites do the steps. Otherwise this
+    machine needs every site's data: that of a simulated run, or what --data names.
     """
     from fednano.unlearning.jobs.loku import LokuRunner
     from fednano.unlearning.jobs.states import State
     from fednano.unlearning.jobs.views import summary
     from fednano.unlearning.jobs.work import work
 
-    desk = open_desk(run, runs_dir, data)
+    desk = open_desk(run, str(server / "runs") if server and runs_dir == "runs" else runs_dir, data)
     tell = (lambda text: None) if as_json else typer.echo
-    if superlink:
-        if data or reference or server_key or probe:
-            raise ConfigError(
-                "--superlink goes without --data, --reference, --probe and --server-key: the sites keep their data, no "
-                "machine holds all that a retrained reference or a probe needs, and the server's app signs with the "
-                "run's own key."
-            )
+    if (superlink or server) and (data or reference or server_key or probe):
+        raise ConfigError(
+            "--server and --superlink go without --data, --reference, --probe and --server-key: the sites keep their "
+            "data, no machine holds all that a retrained reference or a probe needs, and the server's app signs with "
+            "the run's own key."
+        )
+    if superlink and server:
+        raise ConfigError("give --server or --superlink, not both.")
+    if server:
+        done = run_ordered(desk, server, tell, allow_unprotected=allow_unprotected)
+    elif superlink:
         done = run_live(desk, superlink, app_folder, tell, allow_unprotected=allow_unprotected)
     else:
         from fednano.unlearning.probes import check_probes

@@ -1,10 +1,11 @@
-"""`fednano unlearn run --superlink`: have the server's app work on a run's queue through connected SuperNodes."""
+"""`fednano unlearn run --superlink` and `--server`: have a run's queue worked on through connected SuperNodes."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from fednano.unlearning.jobs.desk import Desk
     from fednano.unlearning.jobs.job import Job
 
-__all__ = ["run_live"]
+__all__ = ["run_live", "run_ordered"]
 
 
 def run_live(
@@ -36,6 +37,7 @@ def run_live(
     """
     from fednano.federation.server import config_of
     from fednano.unlearning.jobs.states import FINAL
+    from fednano.unlearning.live import ENDED_EARLY, PREFIX
     from fednano.unlearning.protection import require_unprotected
 
     if not (app / "pyproject.toml").is_file():
@@ -65,8 +67,58 @@ def run_live(
         ) from error
     said = [event["text"] for event in desk.place.folder.events()[events:]]
     for text in said:
-        tell(str(text).removeprefix("unlearning: "))
+        tell(str(text).removeprefix(PREFIX))
+    if early := [str(text).removeprefix(ENDED_EARLY) for text in said if str(text).startswith(ENDED_EARLY)]:
+        raise RunError(early[-1])
     if done.returncode or not said:
         last = "\n".join(done.stdout.strip().splitlines()[-8:])
         raise RunError(f"the app did not work on the queue through {superlink!r}. Flower says:\n{last}")
+    return [desk.store.job(each) for each in waiting]
+
+
+def run_ordered(
+    desk: Desk, server: Path, tell: Callable[[str], None], *, allow_unprotected: bool = False
+) -> list[Job]:
+    """Order work on the queue from `fednano server up`, wait for its end, and see what became of the open jobs.
+
+    Args:
+        desk: the run's desk.
+        server: folder of the server.
+        tell: shown what is said of the queue meanwhile.
+        allow_unprotected: also where the run's updates were protected.
+
+    Raises:
+        ConfigError: the run is none of this server's, or no server is up; the order is kept.
+        RunError: the work was given up; the jobs are in the queue.
+    """
+    from fednano.deploy.node import require_up
+    from fednano.deploy.orders import Orders
+    from fednano.security.place import ServerPlace
+    from fednano.unlearning.jobs.states import FINAL
+    from fednano.unlearning.live import PREFIX
+
+    place, folder = ServerPlace(server), desk.place.folder
+    orders = Orders(place)
+    if folder.path.absolute().parent != orders.runs.absolute():
+        raise ConfigError(f"{folder.path} is no run of this server; its runs are in {orders.runs}.")
+    desk.advance_all()
+    waiting = [job.id for job in desk.store.jobs() if job.state not in FINAL]
+    if not waiting:
+        return []
+    shown, noted = len(folder.events()), ""
+    order = orders.submit_jobs(folder.id, unprotected=allow_unprotected)
+    up = require_up(place.root)
+    while order.state in ("waiting", "running"):
+        next(up)
+        time.sleep(1)
+        order = orders.get(order.id)
+        events = folder.events()
+        for event in events[shown:]:
+            tell(str(event["text"]).removeprefix(PREFIX))
+        shown = len(events)
+        if order.note != noted:
+            tell(order.note)
+        noted = order.note
+    if order.state == "failed":
+        raise RunError(order.note)
     return [desk.store.job(each) for each in waiting]

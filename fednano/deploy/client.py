@@ -57,11 +57,15 @@ def node_config(place: SiteBundle) -> str:
         raise ConfigError(
             f'{place.root / "site.json"} does not say where the data is: give its node_config "data", a folder.'
         )
+    own = (
+        place.root / "keys" / f"{facts['site']}.key"
+    )  # where `fednano unlearn keygen --keys BUNDLE/keys` puts it
     values = {
         "site": facts["site"],
         "bundle": str(place.root),
         "state": str(place.root / "state" / "memory"),
         "worker": str(place.root / "state" / "worker.sock"),
+        **({"key": str(own)} if own.exists() else {}),
         **given,
     }
     if any('"' in str(value) or "'" in str(value) for value in values.values()):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,21 @@ from fednano.deploy.supervise import Child, end_all
 from fednano.errors import ConfigError
 from fednano.runs.atomic import read_json, write_json
 
-__all__ = ["flower", "flower_environment", "free_port", "keep_up", "owned", "read_status", "say"]
+__all__ = [
+    "flower",
+    "flower_environment",
+    "free_port",
+    "keep_up",
+    "owned",
+    "read_status",
+    "require_up",
+    "run_app",
+    "say",
+]
 
 _TICK_S = 0.5
+_PATIENCE_S = 120.0  # for `flwr run`
+_STARTING_S = 30.0
 
 
 def say(text: str) -> None:
@@ -52,6 +67,37 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+
+
+def run_app(state: Path, settings: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """Hand the server's app to its SuperLink.
+
+    Args:
+        state: the server's folder of state, with the app and Flower's configuration.
+        settings: of the app.
+        environment: of Flower's commands.
+
+    Returns:
+        Why Flower did not take it; empty when it did.
+    """
+    config = state / "run-config.toml"
+    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    try:
+        done = subprocess.run(
+            [flower("flwr"), "run", str(state / "app"), "server", "--run-config", str(config)],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"`flwr run` did not end within {_PATIENCE_S:g} s"
+    said = (done.stderr or done.stdout).strip().splitlines()
+    return (
+        (" ".join(said[-3:])[:500] or f"`flwr run` ended with {done.returncode}") if done.returncode else ""
+    )
 
 
 @contextlib.contextmanager
@@ -111,6 +157,26 @@ def keep_up(
             signal.signal(number, handler)
         for name in ("status.json", "marks.json"):
             (state / name).unlink(missing_ok=True)
+
+
+def require_up(root: Path) -> Iterator[None]:
+    """Yields each time that somebody still has reason to wait for a server.
+
+    Args:
+        root: folder of the server.
+
+    Raises:
+        ConfigError: none has been up for half a minute.
+    """
+    seen = time.monotonic()
+    while True:
+        if read_status(root / "state") is not None:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _STARTING_S:
+            raise ConfigError(
+                f"the order is kept, but no server is up in {root}. Start it: fednano server up --server {root}"
+            )
+        yield
 
 
 def read_status(state: Path) -> dict[str, Any] | None:

@@ -1,48 +1,57 @@
-"""Runs that were ordered with `fednano run`: started one after the other, and resumed when their process was killed.
+"""What the server is to do: runs ordered with `fednano run`, and unlearning jobs, one after the other.
 
-An order is a file in ``state/orders``, so that neither a crash nor a restart of the machine loses one. It is done when
-its run has a summary, failed when its run ended with an error that a person must look at, and otherwise tried again
-from the run's last checkpoint.
+An order is a file in ``state/orders``, so that neither a crash nor a restart of the machine loses one. That of a run is
+done when the run has a summary, failed when the run ended with an error that a person must look at, and otherwise tried
+again from the run's last checkpoint. That of jobs is made by the server as soon as a run has jobs that can be worked
+on, and is done when none is left. While their owners are away, or after an error, it lets others go first.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fednano.deploy.node import flower
-from fednano.errors import ConfigError, RunError
-from fednano.federation.config import RunConfig
+from fednano.deploy.ends import error_of, how_it_ended
+from fednano.deploy.jobs import Listed, listed, settings_for, workable
+from fednano.deploy.node import run_app
+from fednano.errors import ConfigError, FednanoError, RunError
+from fednano.federation.config import UNPROTECTED, RunConfig
+from fednano.runs import RunFolder
 from fednano.runs.atomic import read_json, write_json
 from fednano.security.place import ServerPlace
 
-__all__ = ["Order", "Orders"]
+__all__ = ["JOBS", "Order", "Orders"]
 
 _START_S = 180.0
 _ATTEMPTS = 10
 _OPEN = ("waiting", "running")
+_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 1_800.0
+RUN, JOBS = "run", "jobs"
+"""Kinds of orders."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """A run that is to be.
+    """A run that is to be, or a run's unlearning jobs.
 
     Attributes:
         id: sorts by time.
-        settings: of the run, those that differ from the defaults.
+        settings: of the run, those that differ from the defaults; of jobs, whether their updates may be unprotected.
         state: ``waiting``, ``running``, ``done`` or ``failed``.
         run: id of its run folder, once there is one.
-        attempts: how often it was started.
+        attempts: how often it was started; of jobs, since the last time that it ended well.
         started: of the newest attempt, seconds since 1970.
         before: run folders that were there before it started.
-        note: why it failed.
+        note: why it failed, or waits.
+        kind: ``run`` or ``jobs``.
+        jobs: ids of the jobs that could be worked on when it was last looked at.
+        after: not to be started earlier, seconds since 1970.
+        events: of jobs, how many events the run had before the newest attempt.
     """
 
     id: str
@@ -53,6 +62,10 @@ class Order:
     started: float = 0.0
     before: tuple[str, ...] = ()
     note: str = ""
+    kind: str = RUN
+    jobs: tuple[str, ...] = ()
+    after: float = 0.0
+    events: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,28 @@ class Orders:
                 "federation's plan, or leave the option out."
             )
         RunConfig.from_mapping(whole)
-        order = Order(f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}", whole)
+        order = Order(_new_id(), whole)
+        self.save(order)
+        return order
+
+    def submit_jobs(self, run: str, *, unprotected: bool = False) -> Order:
+        """Order work on a run's unlearning jobs at the next turn; one that is ordered already is not ordered twice.
+
+        Args:
+            run: id of the run.
+            unprotected: also where the run's updates were protected.
+
+        Raises:
+            RunError: that is not allowed, or the run has no adapter yet.
+        """
+        settings_for(self.runs / run, unprotected=unprotected)
+        given = {UNPROTECTED: True} if unprotected else {}
+        ours = (order for order in self.all() if order.kind == JOBS and order.run == run)
+        order = next((order for order in ours if order.state in _OPEN), None)
+        if order is None:
+            order = Order(_new_id(), given, run=run, kind=JOBS)
+        elif order.state == "waiting":
+            order = replace(order, settings={**order.settings, **given}, attempts=0, after=0.0)
         self.save(order)
         return order
 
@@ -116,7 +150,8 @@ class Orders:
         found = []
         for path in sorted(self.folder.glob("[0-9]*.json")):
             facts = read_json(path)
-            found.append(Order(**{**facts, "before": tuple(facts["before"])}))
+            lists = {name: tuple(facts.get(name, ())) for name in ("before", "jobs")}
+            found.append(Order(**{**facts, **lists}))
         return found
 
     def get(self, identity: str) -> Order:
@@ -126,29 +161,90 @@ class Orders:
                 return order
         raise RunError(f"there is no order {identity!r} in {self.folder}.")
 
-    def current(self) -> Order | None:
-        """The oldest that is not done or failed."""
-        return next((order for order in self.all() if order.state in _OPEN), None)
+    def current(self, away: Collection[str] = ()) -> Order | None:
+        """The one that is running, else the oldest that can start now.
 
-    def tend(self, environment: Mapping[str, str], *, fresh: bool) -> Order | None:
+        Args:
+            away: ids of orders that wait for a site.
+        """
+        open_ = [order for order in self.all() if order.state in _OPEN]
+        ready = (o for o in open_ if o.id not in away and o.after <= time.time())
+        return next((o for o in open_ if o.state == "running"), next(ready, None))
+
+    def tend(
+        self, environment: Mapping[str, str], *, fresh: bool, connected: Collection[str] = ()
+    ) -> Order | None:
         """See to the current order: start it, notice its end, or start it again.
 
         Args:
             environment: of Flower's commands.
             fresh: the SuperLink was started anew, so that whatever ran on it is gone.
+            connected: the sites whose nodes are connected; jobs wait for their owners.
 
         Returns:
-            The current order.
+            The current order, or one that waits.
+
+        Raises:
+            DataError: the jobs of a run cannot be read.
         """
-        order = self.current()
+        queues = workable(listed(self.runs))
+        self._enlist(queues)
+        away = self._away(queues, connected)
+        order = self.current(away)
         if order is None:
-            return None
+            return next(iter(away.values()), None) or next((o for o in self.all() if o.state in _OPEN), None)
         if order.state == "running":
-            order = self._look_at(order, fresh=fresh)
-        if order.state == "waiting":
+            look = self._look_at_jobs if order.kind == JOBS else self._look_at
+            order = look(order, fresh=fresh)
+        if order.state == "waiting" and order.after <= time.time():
             order = self._start(order, environment)
         self.save(order)
         return order
+
+    def _enlist(self, queues: Mapping[str, list[Listed]]) -> None:
+        """Order work on jobs that no order is for, if their run has ended; jobs whose order failed are left alone."""
+        known = [order for order in self.all() if order.kind == JOBS]
+        for run, jobs in queues.items():
+            ids = tuple(job.job for job in jobs)
+            covered = {
+                job for order in known if order.run == run and order.state == "failed" for job in order.jobs
+            }
+            if any(order.run == run and order.state in _OPEN for order in known) or set(ids) <= covered:
+                continue
+            if (self.runs / run / "adapter.json").exists() and run not in self.place.active():
+                self.save(Order(_new_id(), {}, run=run, kind=JOBS, jobs=ids))
+
+    def _away(self, queues: Mapping[str, list[Listed]], connected: Collection[str]) -> dict[str, Order]:
+        """Orders that wait because none of their jobs' owners is connected."""
+        found = {}
+        for order in self.all():
+            owners = {job.site for job in queues.get(order.run, ())}
+            if order.kind == JOBS and order.state == "waiting" and owners and not owners & set(connected):
+                found[order.id] = replace(order, note=f"waits for {', '.join(sorted(owners))} to connect")
+        return found
+
+    def _look_at_jobs(self, order: Order, *, fresh: bool) -> Order:
+        """What became of the work on a run's queue."""
+        folder = self.runs / order.run
+        reason = how_it_ended(folder, order.events)
+        if reason is None or order.run in self.place.active():
+            if fresh or self._died(order):
+                return self._again(order, "its process was killed", pause=0.0)
+            return order
+        left = workable(listed(self.runs)).get(order.run, [])
+        if not left:
+            return replace(order, state="done", note="")
+        order = replace(order, jobs=tuple(job.job for job in left))
+        if reason:
+            pause = min(_PAUSE_S * 2 ** (order.attempts - 1), _LONGEST_PAUSE_S)
+            return self._again(order, reason, pause=pause)
+        note = "; ".join(f"{job.job} {job.note}" for job in left)
+        return self._again(replace(order, attempts=0), note, pause=_PAUSE_S)
+
+    def _again(self, order: Order, note: str, *, pause: float) -> Order:
+        if order.attempts >= _ATTEMPTS:
+            return replace(order, state="failed", note=f"given up after {_ATTEMPTS} times: {note}")
+        return replace(order, state="waiting", note=note, after=time.time() + pause)
 
     def _look_at(self, order: Order, *, fresh: bool) -> Order:
         """What became of a run."""
@@ -158,7 +254,7 @@ class Orders:
         folder = self.runs / order.run if order.run else None
         if folder is not None and (folder / "summary.json").exists() and order.run not in self.place.active():
             return replace(order, state="done")
-        if folder is not None and (error := _ended_with(folder, order.started)):
+        if folder is not None and (error := error_of(folder, order.started)):
             return replace(order, state="failed", note=error)
         late = time.time() - order.started > _START_S
         if fresh or (self._died(order) if order.run else late):
@@ -182,51 +278,32 @@ class Orders:
         return {path.parent.name for path in self.runs.glob("*/config.json") if not path.parent.is_symlink()}
 
     def _start(self, order: Order, environment: Mapping[str, str]) -> Order:
-        """Hand a run to the SuperLink."""
+        """Hand it to the SuperLink."""
         checkpoint = order.run and any((self.runs / order.run / "checkpoints").glob("round-*"))
+        settings, known = {**order.settings, "resume": order.run if checkpoint else ""}, 0
+        if order.kind == JOBS:
+            folder = self.runs.absolute() / order.run
+            try:
+                settings = settings_for(folder, unprotected=bool(order.settings.get(UNPROTECTED)))
+            except FednanoError as error:
+                return replace(order, state="failed", note=str(error))
+            known = len(RunFolder(folder).events())
         own = {"server-dir": str(self.place.root.absolute()), "runs-dir": str(self.runs.absolute())}
-        settings = {**order.settings, **own, "resume": order.run if checkpoint else ""}
         if order.run:
             self.place.deactivate(order.run)
-        state = self.place.root / "state"
-        config = state / "run-config.toml"
-        config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
-        done = subprocess.run(
-            [flower("flwr"), "run", str(state / "app"), "server", "--run-config", str(config)],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines()
-            kept = "waiting" if order.attempts + 1 < _ATTEMPTS else "failed"
-            note = " ".join(said[-3:])[:500]
-            return replace(order, state=kept, attempts=order.attempts + 1, note=note)
+        order = replace(order, attempts=order.attempts + 1)
+        if note := run_app(self.place.root / "state", {**settings, **own}, environment):
+            return replace(order, state="waiting" if order.attempts < _ATTEMPTS else "failed", note=note)
         return replace(
             order,
             state="running",
-            run=order.run if checkpoint else "",
-            attempts=order.attempts + 1,
+            run=order.run if checkpoint or order.kind == JOBS else "",
             started=time.time(),
             before=tuple(sorted(self._folders())),
             note="",
+            events=known,
         )
 
 
-def _ended_with(folder: Path, since: float) -> str:
-    """The error that a run ended with after ``since``; empty while there is none."""
-    from fednano.runs import RunFolder
-
-    for event in reversed(RunFolder(folder).events()):
-        if event.get("level") == "error":
-            return str(event.get("text", "")) if _seconds(event) >= since - 1 else ""
-    return ""
-
-
-def _seconds(event: Mapping[str, Any]) -> float:
-    from datetime import datetime
-
-    return datetime.fromisoformat(str(event["time"])).timestamp()
+def _new_id() -> str:
+    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}"

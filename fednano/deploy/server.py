@@ -129,12 +129,12 @@ class _Desk:
     def __init__(self, place: ServerPlace, environment: dict[str, str], address: str, metrics: int) -> None:
         self._place, self._environment, self._address = place, environment, address
         self._metrics, self._orders = metrics, Orders(place)
-        self._restarts, self._looked, self._nodes = 0, 0.0, {"": False}
+        self._restarts, self._looked, self._nodes = -1, 0.0, {"": False}
         self._status: dict[str, Any] = {"superlink": "starting"}
         self._said = ""
 
     def work(self, children: list[Child]) -> dict[str, Any]:
-        """See to nodes and runs; returns what `fednano status` shows."""
+        """See to nodes, runs and jobs; returns what `fednano status` shows."""
         if time.monotonic() - self._looked > _NODES_EVERY_S:
             self._looked = time.monotonic()
             try:
@@ -142,7 +142,8 @@ class _Desk:
                     self._settle_nodes(link)
                 fresh = children[0].restarts > self._restarts
                 self._restarts = children[0].restarts
-                order = self._orders.tend(self._environment, fresh=fresh)
+                connected = [s.name for s in self._place.sites().values() if self._nodes.get(s.node_key)]
+                order = self._orders.tend(self._environment, fresh=fresh, connected=connected)
                 self._status["superlink"] = "up"
                 self._status["order"] = asdict(order) if order else None
             except RunError as error:

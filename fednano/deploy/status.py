@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fednano.deploy.jobs import listed
 from fednano.deploy.node import read_status
+from fednano.deploy.orders import JOBS
 from fednano.runs import RunFolder
 
 __all__ = ["gather", "lines", "rounds"]
@@ -30,7 +33,7 @@ def gather(root: Path, *, site: bool) -> dict[str, Any]:
             "rounds": total,
             "last": done[-1] if done else None,
         }
-    found["jobs"] = _jobs(root / "runs")
+    found["jobs"] = [asdict(job) for job in listed(root / "runs")]
     return found
 
 
@@ -53,21 +56,6 @@ def _rounded(value: object, digits: int = 4) -> float | None:
     return round(float(value), digits) if isinstance(value, (int, float)) else None
 
 
-def _jobs(runs: Path) -> list[dict[str, str]]:
-    """Unlearning jobs of all runs, as their store lists them."""
-    import sqlite3
-    from contextlib import closing
-
-    found = []
-    for path in sorted(runs.glob("*/unlearning/jobs.sqlite")):
-        if path.parents[1].is_symlink():
-            continue
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2)) as database:
-            for job, state in database.execute("SELECT id, state FROM jobs ORDER BY id"):
-                found.append({"run": path.parents[1].name, "job": job, "state": state})
-    return found
-
-
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     if not found["up"]:
@@ -81,10 +69,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     for each in found.get("sites", ()):
         connected = "connected" if each["connected"] else "away"
         out.append(f"  {each['site']:<24} {each['state']:<9} {connected}")
-    if found.get("order"):
-        out.append(
-            f"  order {found['order']['id']}: {found['order']['state']} {found['order']['note']}".rstrip()
-        )
+    if order := found.get("order"):
+        what = f"unlearning jobs of {order['run']}, " if order["kind"] == JOBS else ""
+        out.append(f"  order {order['id']}: {what}{order['state']} {order['note']}".rstrip())
     if "run" in found:
         last = found["run"]["last"] or {}
         said = ", ".join(f"{name} {value}" for name, value in last.items() if name != "round")
@@ -97,5 +84,9 @@ def lines(found: dict[str, Any]) -> list[str]:
             name: host.get(name, 0) for name in ("in_flight", "buffered_bytes", "step_done", "step_samples")
         }
         out.append("  host  " + "  ".join(f"{name} {value}" for name, value in load.items()))
-    out += [f"  job {job['job']} of {job['run']}: {job['state']}" for job in found.get("jobs", ())]
+    for job in found.get("jobs", ()):
+        at = f", round {job['round']}" if job["round"] else ""
+        out.append(
+            f"  job {job['job']} of {job['run']} ({job['site']}): {job['state']}{at} {job['note']}".rstrip()
+        )
     return out

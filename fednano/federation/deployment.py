@@ -111,7 +111,7 @@ def open_deployment(
     fit_rank(edge, folder.load_adapter()[0])
     place = place_of(config.to_mapping())
     with ExitStack() as stack:
-        sites = stack.enter_context(enrolled(grid, config, folder))
+        sites = stack.enter_context(enrolled(grid, config, folder, work="jobs"))
         nodes = _whoever_comes(sites, config, stop)
         own = ForgettingGrid(sites, folder.path)
         clients = introduce(own, nodes, config, edge.travelling(), edge, stop)

@@ -50,10 +50,11 @@ def own_ticket(place: ServerPlace, run: str) -> HostTicket:
 
 
 @contextmanager
-def enrolled(grid: Grid, config: RunConfig, folder: RunFolder) -> Iterator[Grid]:
+def enrolled(grid: Grid, config: RunConfig, folder: RunFolder, *, work: str = "run") -> Iterator[Grid]:
     """The grid that a run uses: as it is in a simulation, with tokens and names among enrolled sites.
 
-    While the block lasts, tokens of the run are good. What ends it is noted in the audit log.
+    While the block lasts, tokens of the run are good. Its begin and what ends it are noted in the audit log, as
+    ``work``: the run itself, or jobs on it.
     """
     place = place_of(config.to_mapping())
     if place is None:
@@ -61,14 +62,14 @@ def enrolled(grid: Grid, config: RunConfig, folder: RunFolder) -> Iterator[Grid]
         return
     audit = place.audit
     place.activate(folder.id)
-    audit.record("run resumed" if config.resume else "run started", run=folder.id)
+    audit.record(f"{work} {'resumed' if config.resume else 'started'}", run=folder.id)
     try:
         yield EnrolledGrid(grid, place, folder.id)
     except (FednanoError, Interrupted) as error:
-        audit.record("run ended early", run=folder.id, reason=str(error)[:500])
+        audit.record(f"{work} ended early", run=folder.id, reason=str(error)[:500])
         raise
     else:
-        audit.record("run finished", run=folder.id)
+        audit.record(f"{work} finished", run=folder.id)
     finally:
         place.deactivate(folder.id)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from federation_maker import Made, make_federation
 
-from fednano.deploy import orders as module
+from fednano.deploy import node as module
 from fednano.deploy.orders import Order, Orders
 from fednano.errors import ConfigError, RunError
 from fednano.federation.config import RunConfig

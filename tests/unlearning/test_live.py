@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_end_to_end import ask, finished  # noqa: F401 - a fixture
 
-from fednano.errors import ConfigError
+from fednano.errors import ConfigError, RunError
 from fednano.federation.apps import client_app
 from fednano.federation.client_task import Worker
 from fednano.federation.deployment import Deployment, open_deployment
@@ -32,9 +32,10 @@ from fednano.unlearning.jobs.receipt import verify_receipt
 from fednano.unlearning.jobs.request import Plan
 from fednano.unlearning.jobs.states import State
 from fednano.unlearning.jobs.work import work
+from fednano.unlearning.live import ENDED, ENDED_EARLY
 from fednano.unlearning.live.ask import NAME, Ask, Forget
 from fednano.unlearning.live.parties import LiveParties
-from fednano.unlearning.live.runner import _refuse_early, serve_queue
+from fednano.unlearning.live.runner import _refuse_early, serve, serve_queue
 from fednano.unlearning.live.site import STATEMENT
 from fednano.unlearning.methods import get_method
 from fednano.unlearning.outcome import UnlearnRequest
@@ -156,6 +157,19 @@ def test_an_owner_that_is_not_connected_keeps_the_job_waiting(live: Any) -> None
     assert waiting.state is State.QUEUED
     assert "client-000 is not connected" in waiting.note
     assert job.id == waiting.id
+
+
+def test_whoever_ordered_the_work_reads_how_it_ended(live: Any) -> None:
+    folder = live.place.folder
+    settings = config_of(folder).changed(join_timeout=60.0, runs_dir=str(folder.path.parent))
+    serve(live.grid, folder.id, settings)
+    said = [event["text"] for event in folder.events()]
+    assert said[-2:] == ["unlearning: nothing to do", ENDED]
+    live.grid._contexts.clear()
+    with pytest.raises(RunError, match="only 0 of 2 clients connected"):
+        serve(live.grid, folder.id, settings.changed(join_timeout=0.1))
+    assert folder.events()[-1]["text"].startswith(f"{ENDED_EARLY}only 0 of 2 clients connected")
+    assert "error" not in {event["level"] for event in folder.events()}  # the run itself is as good as it was
 
 
 def test_what_live_sites_cannot_do_fails_with_the_reason(live: Any) -> None:

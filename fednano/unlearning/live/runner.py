@@ -11,6 +11,7 @@ from typing import Any
 from fednano.errors import ConfigError, Interrupted
 from fednano.federation.config import RunConfig
 from fednano.federation.deployment import Deployment, open_deployment
+from fednano.federation.enrolled import auditor_of
 from fednano.federation.exchange import Stop
 from fednano.federation.forgetting import check_no_commit
 from fednano.federation.server import config_of
@@ -24,6 +25,7 @@ from fednano.unlearning.jobs.loku import result_of, round_of, with_earlier
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.runner import Result, Round, Task
 from fednano.unlearning.jobs.work import work
+from fednano.unlearning.live import ENDED, ENDED_EARLY, PREFIX
 from fednano.unlearning.live.ask import Forget
 from fednano.unlearning.live.parties import LiveParties
 from fednano.unlearning.methods import get_method
@@ -143,17 +145,28 @@ def serve(grid: Any, run: str, settings: RunConfig, *, allow_unprotected: bool =
         host_address=settings.host_address or before.host_address,
         host_ca=settings.host_ca or before.host_ca,
         host_token_file=settings.host_token_file or before.host_token_file,
+        server_dir=settings.server_dir or before.server_dir,
         join_timeout=settings.join_timeout,
         round_timeout=settings.round_timeout,
     )
 
     def tell(text: str) -> None:
         view.message(text)
-        folder.append_event("info", f"unlearning: {text}")
+        folder.append_event("info", f"{PREFIX}{text}")
 
+    audit = auditor_of(config.to_mapping())
     try:
         with open_deployment(grid, RunFolder(Path(folder.path)), config, view, Stop()) as deployment:
-            if not serve_queue(deployment, tell=tell, allow_unprotected=allow_unprotected):
+            done = serve_queue(deployment, tell=tell, allow_unprotected=allow_unprotected)
+            for job in done:
+                audit.record("job", run=folder.id, job=job.id, site=job.site, state=job.state.value)
+            if not done:
                 tell("nothing to do")
+    except Exception as error:
+        # Whoever ordered this reads here that it is over, and why; a process that was killed says nothing.
+        folder.append_event("warning", f"{ENDED_EARLY}{error}")
+        raise
+    else:
+        folder.append_event("info", ENDED)
     finally:
         folder.close()
