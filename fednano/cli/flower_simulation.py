@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fednano.errors import ConfigError
-from fednano.federation.config import OTHER_WORK, RunConfig
+from fednano.federation.config import OTHER_WORK, UNPROTECTED, RunConfig
 from fednano.federation.recipe import parse_settings
 
 __all__ = ["main", "run_app"]
@@ -61,6 +61,7 @@ def run_app(folder: Path, supernodes: int, run_config: str = "", *, verbose: boo
         **parse_settings(run_config, "--run-config"),
         "clients": supernodes,
     }
+    settings.pop(UNPROTECTED, False)
     if settings.pop(OTHER_WORK, ""):
         raise ConfigError("unlearning in a simulation needs no Flower: fednano unlearn run --run RUN")
     apps = [_load(folder, reference) for reference in (server, client)]

@@ -210,6 +210,14 @@ class TestFlowerSimulation:
         with pytest.raises(ConfigError, match="client app of its own"):
             run_app(tmp_path, 2)
 
+    def test_every_setting_of_our_own_app_is_understood(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given: list[RunConfig] = []
+        monkeypatch.setattr(
+            "fednano.federation.simulation.simulate", lambda config, **_: given.append(config) or Path()
+        )
+        run_app(Path(__file__).parents[2], 7, "rounds=3")
+        assert (given[0].clients, given[0].rounds) == (7, 3)
+
 
 def test_benchmarks_are_programs_that_the_command_finds() -> None:
     import subprocess
