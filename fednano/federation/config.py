@@ -207,7 +207,9 @@ class RunConfig:
     # Evaluation
     evaluate_every: int = _setting(1, "evaluate globally every so many rounds; 0 = only before and after")
     evaluate_samples: int = _setting(500, "test questions in the evaluations between rounds; 0 = all")
-    final_samples: int = _setting(0, "test questions that the model answers after training, untuned and tuned; 0 = all")
+    final_samples: int = _setting(
+        0, "test questions that the model answers after training, untuned and tuned; 0 = all"
+    )
     evaluate_clients_every: int = _setting(
         0,
         "let clients judge the merged adapters on samples they hold out every so many rounds; 0 = at the end",
