@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint format network slow fuzz study-small docs proto clean help
+.PHONY: demo test lint format network acceptance slow fuzz study-small docs proto clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -26,6 +26,9 @@ test: $(STAMP)  ## Run the default tests
 
 network: $(STAMP)  ## Run the tests with real Flower processes
 	$(BIN)/pytest -m network
+
+acceptance: $(STAMP)  ## Run what users run: notebook, commands of README and docs, a new app, the wheel
+	$(BIN)/pytest -m acceptance -n 2 --dist worksteal --timeout 1200
 
 slow: $(STAMP)  ## Run the tests that take minutes each
 	$(BIN)/pytest -m slow --timeout 3600

@@ -21,6 +21,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -36,6 +39,7 @@ __all__ = [
     "RunError",
     "TrainingDiverged",
     "UpdateRefused",
+    "did_you_mean",
 ]
 
 
@@ -101,3 +105,9 @@ class Interrupted(Exception):
     """The run was asked to end, by Ctrl-C or from elsewhere; what was done is kept. ``shown`` as above."""
 
     shown: bool = False
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence, with a space before it, that names the nearest known word; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

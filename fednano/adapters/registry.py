@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from fednano.adapters.method import Method
-from fednano.errors import ConfigError
+from fednano.errors import ConfigError, did_you_mean
 
 __all__ = ["create", "names", "options", "register"]
 
@@ -59,10 +58,9 @@ def create(name: str, **given: object) -> Method:
     known = options(name)
     for option in given:
         if option not in known:
-            near = difflib.get_close_matches(option, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"adapter {name!r} has no option {option!r}{hint} Its options: {', '.join(sorted(known))}"
+                f"adapter {name!r} has no option {option!r}.{did_you_mean(option, known)} Its options: "
+                f"{', '.join(sorted(known))}"
             )
     hints = typing.get_type_hints(cls)
     return cls(**{option: _coerce(name, option, value, hints[option]) for option, value in given.items()})
@@ -79,9 +77,9 @@ def _find(name: str) -> type[Method]:
                     "Install that package anew."
                 ) from error
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown adapter {name!r}{hint} Adapters: {', '.join(names())}")
+        raise ConfigError(
+            f"unknown adapter {name!r}.{did_you_mean(name, names())} Adapters: {', '.join(names())}"
+        )
     return _REGISTRY[name]
 
 

@@ -18,7 +18,7 @@ from fednano.aggregation.robust import Bulyan, Krum, Median, MultiKrum, TrimmedM
 from fednano.aggregation.rule import Rule
 from fednano.aggregation.server_opt import FedAdagrad, FedAdam, FedAvgM, FedExP, FedYogi
 from fednano.aggregation.sparse import Dare, DareTies, Ties
-from fednano.errors import ConfigError
+from fednano.errors import ConfigError, did_you_mean
 
 __all__ = ["create_rule", "rule_class", "rule_names"]
 
@@ -48,7 +48,10 @@ def rule_class(name: str) -> type[Rule]:
     """
     name = _ALIASES.get(name, name)
     if name not in _RULES:
-        raise ConfigError(f"no aggregation rule is called {name!r}; there are: {', '.join(rule_names())}")
+        hint = did_you_mean(name, rule_names())
+        raise ConfigError(
+            f"no aggregation rule is called {name!r}.{hint} There are: {', '.join(rule_names())}"
+        )
     return _RULES[name]
 
 
@@ -67,5 +70,6 @@ def create_rule(name: str, **options: Any) -> Rule:
     unknown = sorted(set(options) - known)
     if unknown:
         has = ", ".join(sorted(known)) if known else "none"
-        raise ConfigError(f"rule {name!r} has no option {', '.join(unknown)}; its options: {has}")
+        hint = did_you_mean(unknown[0], known)
+        raise ConfigError(f"rule {name!r} has no option {', '.join(unknown)}.{hint} Its options: {has}")
     return cls(**options)

@@ -6,12 +6,11 @@ The setting ``data-options`` carries these as ``'text="review" label="stars" tes
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fednano.errors import DataError
+from fednano.errors import DataError, did_you_mean
 
 __all__ = ["DataOptions"]
 
@@ -64,9 +63,8 @@ class DataOptions:
         known = {spec.name: spec for spec in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
-                raise DataError(f"unknown data option {name!r}. {hint}")
+                hint = did_you_mean(name, known) or f" Known: {', '.join(sorted(known))}."
+                raise DataError(f"unknown data option {name!r}.{hint}")
             if type(value) is not type(known[name].default):
                 raise DataError(
                     f"data option {name} is {value!r}; expected {type(known[name].default).__name__}, such as "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fednano.errors import ConfigError
+from fednano.errors import ConfigError, did_you_mean
 from fednano.security.authority import SERVER
 from fednano.security.keys import check_name
 from fednano.security.tokens import Allowance
@@ -185,9 +184,9 @@ def _known(values: Mapping[str, Any], known: set[str], where: str, prefix: str) 
     renamed = {key.replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(set(renamed) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {near[0].replace('_', '-')!r}?" if near else ""
-        raise ConfigError(f"{where} has the unknown key {prefix}{unknown[0].replace('_', '-')}.{hint}")
+        key, *_ = (each.replace("_", "-") for each in unknown)
+        hint = did_you_mean(key, (each.replace("_", "-") for each in known))
+        raise ConfigError(f"{where} has the unknown key {prefix}{key}.{hint}")
     return renamed
 
 

@@ -8,12 +8,11 @@ hyphens outside of Python (``learning-rate``).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fednano.errors import ConfigError
+from fednano.errors import ConfigError, did_you_mean
 from fednano.federation.ranges import check_together, check_values, hyphenated
 from fednano.federation.recipe import parse_settings
 
@@ -308,8 +307,9 @@ class RunConfig:
         known = {hyphenated(spec.name): spec for spec in dataclasses.fields(cls)}
         unknown = [key for key in values if hyphenated(key) not in known]
         if unknown:
-            near = difflib.get_close_matches(hyphenated(unknown[0]), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known settings: {', '.join(sorted(known))}."
+            hint = (
+                did_you_mean(hyphenated(unknown[0]), known) or f" Known settings: {', '.join(sorted(known))}."
+            )
             raise ConfigError(f"unknown setting {unknown[0]!r}.{hint}")
         return cls(
             **{

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from fednano.errors import ConfigError, FednanoError
 from fednano.federation.apps import client_app, make_server_app
+from fednano.federation.baselines import build_rule
 from fednano.federation.config import RunConfig, check_backend
 from fednano.federation.exchange import Stop
+from fednano.federation.model import build_adapter, settled
 from fednano.federation.server import config_of
 from fednano.runs import RunFolder, RunView
 
@@ -47,6 +49,10 @@ def simulate(
     if config.resume:  # as many clients as the run had, on machines like its own
         before = config_of(RunFolder.open(config.resume, root=config.runs_dir))
         config = config.changed(clients=before.clients, device=before.device, threads=before.threads)
+    else:  # a misspelt name is told before Ray starts
+        named = settled(config)
+        build_rule(named, named.rule)
+        build_adapter(named)
     stop = Stop()
     with _ctrl_c(stop), _flower_log(verbose):
         if backend == "inprocess":

@@ -184,9 +184,9 @@ def test_any_linear_shape_is_changed_by_its_delta(
 
 
 def test_unknown_names_and_options_list_what_exists() -> None:
-    with pytest.raises(ConfigError, match=r"unknown adapter 'nanno'; did you mean 'nano'.*Adapters: .*nano"):
+    with pytest.raises(ConfigError, match=r"unknown adapter 'nanno'. Did you mean 'nano'.*Adapters: .*nano"):
         create("nanno")
-    with pytest.raises(ConfigError, match=r"no option 'rnak'; did you mean 'rank'.*Its options: .*scale"):
+    with pytest.raises(ConfigError, match=r"no option 'rnak'. Did you mean 'rank'.*Its options: .*scale"):
         create("nano", rnak=3)
     with pytest.raises(ConfigError, match=r"option 'rank': got '8' \(str\); expected int"):
         create("nano", rank="8")

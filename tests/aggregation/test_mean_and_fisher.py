@@ -179,9 +179,9 @@ def test_registry() -> None:
         assert rule.name == name
         assert isinstance(rule, Aggregator)
         assert rule.capability.summary
-    with pytest.raises(ConfigError, match=r"there are: .*fedavg"):
+    with pytest.raises(ConfigError, match=r"There are: .*fedavg"):
         create_rule("fedavgg")
-    with pytest.raises(ConfigError, match="its options: mu"):
+    with pytest.raises(ConfigError, match="Its options: mu"):
         create_rule("fedprox", nu=1.0)
     for bad in ({"floor": 0.0}, {"floor": 2.0, "clip": 1.0}, {"normalise": "x"}, {"clip": math.inf}):
         with pytest.raises(ConfigError):

@@ -53,7 +53,7 @@ def test_its_recipe_and_rows_are_sound(made: Path, monkeypatch: pytest.MonkeyPat
         load_data(config.changed(clients=4))
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_its_own_tests_pass(made: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"],

@@ -95,9 +95,9 @@ MISTAKES: dict[str, tuple[list[str], str, int]] = {
     "no such model": (simulate(*GOOD, "--model", "me/gone"), "no model 'me/gone'", 2),
     "folder that is no model": (simulate(*GOOD, "--model", "no-config"), "has no config.json", 2),
     "file for a model": (simulate(*GOOD, "--model", "a-file"), "is a file; expected a model folder", 2),
-    "unknown adapter": (simulate(*GOOD, "--adapter", "lorra"), "lora", 2),
+    "unknown adapter": (simulate(*GOOD, "--adapter", "lorra"), "Did you mean 'lora'?", 2),
     "unknown adapter option": (simulate(*GOOD, "--adapter-options", "alhpa=8"), "alhpa", 2),
-    "unknown rule": (simulate(*GOOD, "--rule", "fedavgg"), "fedavg", 2),
+    "unknown rule": (simulate(*GOOD, "--rule", "fedavgg"), "Did you mean 'fedavg'?", 2),
     "unknown rule option": (simulate(*GOOD, "--rule-options", "flor=1"), "flor", 2),
     "unknown codec": (simulate("--codec", "zip"), "codec is 'zip'; expected one of fp32", 2),
     "settings that exclude each other": (
@@ -139,6 +139,15 @@ def test_a_mistake_is_named_with_its_remedy(
     errors = [line for line in said.splitlines() if "error" in line.lower()]
     assert len(said.splitlines()) < 25, said
     assert errors or code == EXIT_UNFIT
+
+
+@pytest.mark.parametrize("words", [("--rule", "fedavgg"), ("--adapter", "lorra"), ("--adapter-options", "alhpa=8")])
+def test_a_misspelt_name_is_told_before_anything_starts(words: tuple[str, str], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit) as ended, reported():
+        app(["simulate", "--runs-dir", str(runs), *words])  # with Ray, which would take ten seconds
+    assert ended.value.code == EXIT_MISTAKE
+    assert not runs.exists()
 
 
 def test_a_taken_port_is_named(capfd: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_reasons_are_given_and_name_what_there_is() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[] if str(page.relative_to(ROOT)) in LIGHT else pytest.mark.slow)
+        pytest.param(page, marks=[] if str(page.relative_to(ROOT)) in LIGHT else pytest.mark.acceptance)
         for page in RUN
     ],
     ids=lambda page: str(page.relative_to(ROOT)),

@@ -57,5 +57,5 @@ def test_a_broken_package_is_named(installed: Path) -> None:
     (installed / "block_diagonal.py").write_text("import no_such_module_here\n")
     with pytest.raises(ConfigError, match="announced by an installed package"):
         create(NAME)
-    with pytest.raises(ConfigError, match="did you mean 'block-diagonal'"):
+    with pytest.raises(ConfigError, match="Did you mean 'block-diagonal'"):
         create("block-diagona")

@@ -71,7 +71,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_what_the_wheel_holds(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     assert wheel.name == f"fednano-{fednano.__version__}-py3-none-any.whl"
@@ -96,7 +96,7 @@ def test_what_the_wheel_holds(built: Path) -> None:
     assert wheel.stat().st_size < 20_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_what_the_sdist_holds(built: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -104,7 +104,7 @@ def test_what_the_sdist_holds(built: Path) -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "fednano/models/tiny/model.safetensors"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_the_wheel_works_by_itself(built: Path, tmp_path: Path) -> None:
     """In a new environment that sees this one's packages, but not this checkout."""
     [wheel] = built.glob("*.whl")
