@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from fednano.federation.client_task import Worker, site_name
 from fednano.federation.messages import Instruction, Reply
 from fednano.federation.schedules import fit_rank
+from fednano.federation.worker import Worker, site_name
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.runs.tombstones import Tombstones

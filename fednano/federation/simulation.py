@@ -61,9 +61,9 @@ def simulate(
 
 
 def _in_process(config: RunConfig, view: RunView | None, stop: Stop) -> Path:
-    from fednano.federation.client_task import Worker
     from fednano.federation.inprocess import InProcessGrid
     from fednano.federation.server import run_server
+    from fednano.federation.worker import Worker
 
     grid = InProcessGrid(client_app, config.clients)
     try:

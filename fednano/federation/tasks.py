@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 from flwr.app import RecordDict
 
 from fednano.errors import ConfigError, FednanoError
-from fednano.federation.client_task import Worker, evaluate, gather, hello, install, secure, site_name, train
+from fednano.federation.client_task import evaluate, gather, hello, install, secure, train
 from fednano.federation.known_again import resurfaced
 from fednano.federation.messages import Instruction, Reply
+from fednano.federation.worker import Worker, site_name
 from fednano.security.place import SiteBundle
 
 __all__ = ["ABOVE", "OTHER_WORK_BY", "TASKS", "carry_out", "loaded"]

@@ -11,7 +11,7 @@ import pytest
 
 from fednano.cli.commands import app
 from fednano.cli.failure import EXIT_HOST, EXIT_MISTAKE, EXIT_UNFIT, reported
-from fednano.federation.client_task import Worker
+from fednano.federation.worker import Worker
 
 ROW = {"question": "is it red ?", "answer": "yes"}
 QUICK = ["--backend", "inprocess", "--placement", "local", "--progress", "plain", "--rounds", "1", "--samples", "2",
@@ -141,7 +141,9 @@ def test_a_mistake_is_named_with_its_remedy(
     assert errors or code == EXIT_UNFIT
 
 
-@pytest.mark.parametrize("words", [("--rule", "fedavgg"), ("--adapter", "lorra"), ("--adapter-options", "alhpa=8")])
+@pytest.mark.parametrize(
+    "words", [("--rule", "fedavgg"), ("--adapter", "lorra"), ("--adapter-options", "alhpa=8")]
+)
 def test_a_misspelt_name_is_told_before_anything_starts(words: tuple[str, str], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with pytest.raises(SystemExit) as ended, reported():

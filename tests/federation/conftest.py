@@ -13,7 +13,6 @@ import pytest
 from fednano.data import load_easy_vqa
 from fednano.federation.apps import client_app
 from fednano.federation.baselines import build_rule, check_rule
-from fednano.federation.client_task import Worker
 from fednano.federation.config import RunConfig
 from fednano.federation.evaluator import Evaluator
 from fednano.federation.exchange import Stop
@@ -23,6 +22,7 @@ from fednano.federation.model import build_edge, client_name, settled
 from fednano.federation.rounds import MAIN_PHASE, Federation, PhaseResult, run_rounds
 from fednano.federation.simulation import simulate
 from fednano.federation.specification import spec_of
+from fednano.federation.worker import Worker
 from fednano.runs import RunFolder, make_view
 
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from fednano.adapters import Dense
 from fednano.errors import RunError
-from fednano.federation import client_task
 from fednano.federation.answer import answer
 from fednano.federation.config import RunConfig
 from fednano.federation.gathering import BASIS_FILE, BasisStore, client_gradients, statistics, unflatten
 from fednano.federation.model import build_edge, load_data
+from fednano.federation.worker import Worker
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LocalLLM
 from fednano.models.load import load_language
@@ -73,7 +73,7 @@ def test_a_site_that_lost_its_basis_says_so(tmp_path: Path) -> None:
 def test_a_later_process_finds_the_basis_on_disk(settings: dict[str, Any], tmp_path: Path) -> None:
     config = RunConfig(**(settings | {"adapter": "lora-sb", "cache_dir": str(tmp_path)}))
     try:
-        worker = client_task.Worker.get(config)
+        worker = Worker.get(config)
         made = {
             f"{s}.{n}": t for s in worker.edge.layers for n, t in worker.edge.layer(s).export_basis().items()
         }
@@ -83,11 +83,11 @@ def test_a_later_process_finds_the_basis_on_disk(settings: dict[str, Any], tmp_p
         }
         worker.install(changed)
         fingerprint = worker.edge.basis_fingerprint()
-        client_task.Worker.close_current()
-        later = client_task.Worker.get(config)
+        Worker.close_current()
+        later = Worker.get(config)
         assert later.edge.basis_fingerprint() != fingerprint
         later.require_basis(fingerprint)
         assert later.edge.basis_fingerprint() == fingerprint
         assert unflatten(changed)["image"].keys() == later.edge.layer("image").basis.keys()
     finally:
-        client_task.Worker.close_current()
+        Worker.close_current()

@@ -11,9 +11,9 @@ import pytest
 
 from fednano.data import load_dataset
 from fednano.errors import DataError
-from fednano.federation.client_task import Worker
 from fednano.federation.config import RunConfig
 from fednano.federation.model import build_edge, load_site_data, partition_samples
+from fednano.federation.worker import Worker
 from fednano.runs import RunFolder
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fednano.federation import client_task
 from fednano.federation.config import RunConfig
 from fednano.federation.known_again import known_again
 from fednano.federation.model import build_edge
 from fednano.federation.resurfacing import MARGIN, threshold
 from fednano.federation.simulation import simulate
+from fednano.federation.worker import Worker
 from fednano.runs import RunFolder, make_view
 from fednano.runs.tombstones import (
     Tombstone,
@@ -99,7 +99,7 @@ def test_honest_clients_raise_no_alarm(forgotten: Callable[..., Path]) -> None:
 def test_a_client_that_ignores_its_tombstones_is_found_out(
     forgotten: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client_task.Worker.share
+    real = Worker.share
 
     def disobedient(worker: Any, name: str, node: Any, *, pool: bool) -> Any:
         share = real(
@@ -108,7 +108,7 @@ def test_a_client_that_ignores_its_tombstones_is_found_out(
         share.data = ClientData(worker.samples(node)[0], worker.edge, worker.features)
         return share
 
-    monkeypatch.setattr(client_task.Worker, "share", disobedient)
+    monkeypatch.setattr(Worker, "share", disobedient)
     run = forgotten()
     last = probes(run)[-1]
     assert last["forgotten"]["u0001"] > 0.5

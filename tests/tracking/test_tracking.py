@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fednano.errors import ConfigError
-from fednano.federation.client_task import Worker
 from fednano.federation.config import RunConfig
 from fednano.federation.simulation import simulate
+from fednano.federation.worker import Worker
 from fednano.runs import QuietView, RunFolder, RunInfo, make_view
 from fednano.tracking import TrackedView, Tracker, check_names, make_trackers
 

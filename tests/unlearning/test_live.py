@@ -14,12 +14,12 @@ from test_end_to_end import ask, finished  # noqa: F401 - a fixture
 
 from fednano.errors import ConfigError, RunError
 from fednano.federation.apps import client_app
-from fednano.federation.client_task import Worker
 from fednano.federation.deployment import Deployment, open_deployment
 from fednano.federation.exchange import Stop
 from fednano.federation.inprocess import InProcessGrid
 from fednano.federation.messages import Instruction
 from fednano.federation.server import config_of
+from fednano.federation.worker import Worker
 from fednano.runs import make_view
 from fednano.runs.tombstones import Tombstones, read_tombstones
 from fednano.security.canonical import canonical, sha256_hex

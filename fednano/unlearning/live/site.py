@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fednano.data import Sample, load_dataset
 from fednano.errors import ConfigError, DataError, RequestRefused
-from fednano.federation.client_task import Worker, site_name
 from fednano.federation.messages import Instruction, Reply
 from fednano.federation.model import load_data
 from fednano.federation.schedules import fit_rank
+from fednano.federation.worker import Worker, site_name
 from fednano.models.language import LanguageModel
 from fednano.runs.checkpoints import pack
 from fednano.runs.tombstones import sample_hash
