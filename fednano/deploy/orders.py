@@ -8,10 +8,9 @@ on, and is done when none is left. While their owners are away, or after an erro
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from fednano.deploy.ends import error_of, how_it_ended
 from fednano.deploy.jobs import Listed, listed, settings_for, workable
 from fednano.deploy.node import run_app
+from fednano.deploy.supervise import alive
 from fednano.errors import ConfigError, FednanoError, RunError
 from fednano.federation.config import UNPROTECTED, RunConfig
 from fednano.runs import RunFolder
@@ -172,7 +172,12 @@ class Orders:
         return next((o for o in open_ if o.state == "running"), next(ready, None))
 
     def tend(
-        self, environment: Mapping[str, str], *, fresh: bool, connected: Collection[str] = ()
+        self,
+        environment: Mapping[str, str],
+        *,
+        fresh: bool,
+        connected: Collection[str] = (),
+        clear: Callable[[], None] = lambda: None,
     ) -> Order | None:
         """See to the current order: start it, notice its end, or start it again.
 
@@ -180,6 +185,7 @@ class Orders:
             environment: of Flower's commands.
             fresh: the SuperLink was started anew, so that whatever ran on it is gone.
             connected: the sites whose nodes are connected; jobs wait for their owners.
+            clear: ends whatever Flower takes to be under way; called before anything is started.
 
         Returns:
             The current order, or one that waits.
@@ -197,6 +203,7 @@ class Orders:
             look = self._look_at_jobs if order.kind == JOBS else self._look_at
             order = look(order, fresh=fresh)
         if order.state == "waiting" and order.after <= time.time():
+            clear()
             order = self._start(order, environment)
         self.save(order)
         return order
@@ -268,11 +275,7 @@ class Orders:
         pid = self.place.active().get(order.run, 0)
         if not pid:
             return time.time() - order.started > _START_S
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        return not alive(pid)
 
     def _folders(self) -> set[str]:
         return {path.parent.name for path in self.runs.glob("*/config.json") if not path.parent.is_symlink()}

@@ -140,10 +140,12 @@ class _Desk:
             try:
                 with SuperLink(self._address, self._place.credentials.root) as link:
                     self._settle_nodes(link)
-                fresh = children[0].restarts > self._restarts
-                self._restarts = children[0].restarts
-                connected = [s.name for s in self._place.sites().values() if self._nodes.get(s.node_key)]
-                order = self._orders.tend(self._environment, fresh=fresh, connected=connected)
+                    fresh = children[0].restarts > self._restarts
+                    self._restarts = children[0].restarts
+                    connected = [s.name for s in self._place.sites().values() if self._nodes.get(s.node_key)]
+                    order = self._orders.tend(
+                        self._environment, fresh=fresh, connected=connected, clear=link.stop_runs
+                    )
                 self._status["superlink"] = "up"
                 self._status["order"] = asdict(order) if order else None
             except RunError as error:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Child", "command", "end_all"]
+__all__ = ["Child", "alive", "command", "end_all"]
 
 _MARK = "FEDNANO_CHILD"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
@@ -121,6 +121,19 @@ def end_all(marks: Sequence[str], seconds: float = 5.0) -> None:
         if time.monotonic() > deadline:
             number = signal.SIGKILL
         time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs. One that has ended and waits for its parent to notice does not."""
+    try:
+        os.kill(pid, 0)
+        return not _dead(Path("/proc") / str(pid))
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # as another user
+    except FileNotFoundError:
+        return not Path("/proc/self/stat").exists()  # gone meanwhile, or a system that does not tell
 
 
 def _bearers(mark: str) -> list[int]:

@@ -15,7 +15,8 @@ from fednano.federation.messages import Failure, Reply, record_bytes
 
 __all__ = ["Delivery", "Outstanding", "Stop", "exchange", "wait_for_nodes"]
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 0.5
+_POLL_SHARE = 0.04  # of the time waited so far: a SuperLink is asked seldom for what takes long
 _DRAIN_SECONDS = 20.0
 _TTL_MARGIN = 60.0
 
@@ -166,9 +167,11 @@ def exchange(
     pending = set(grid.push_messages(messages))
     del messages, requests  # a thousand clients' requests need not outlive their sending
     unanswered, late = dict(clients), outstanding or Outstanding()
+    newest = started
     try:
         while pending:
             arrived = list(grid.pull_messages(pending | set(late.requests)))
+            newest = time.monotonic() if arrived else newest
             for message in arrived:
                 request, node = message.metadata.reply_to_message_id, message.metadata.src_node_id
                 if request in late.requests:
@@ -182,7 +185,9 @@ def exchange(
                     yield _open(client, message, time.monotonic() - started, check_names, number)
             if not pending or time.monotonic() - started > timeout:
                 break
-            if (not arrived and stop.wait(_POLL_SECONDS)) or stop.requested:
+            pause = _POLL_SHARE * (time.monotonic() - newest)
+            pause = min(max(pause, _POLL_SECONDS), _LONGEST_POLL_SECONDS)
+            if (not arrived and stop.wait(pause)) or stop.requested:
                 _drain(grid, pending)
                 raise Interrupted(stop.reason)
     finally:

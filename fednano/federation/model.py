@@ -182,6 +182,12 @@ def divide(config: RunConfig, dataset: Dataset, clients: int) -> list[list[int]]
             f"partition is 'dirichlet', which divides by answers, and answers of {dataset.kind} data are no classes. "
             "Set partition to 'iid' or 'linear', or partition-by to a column of the data."
         )
+    if config.partition == "folders" and not config.partition_by:
+        # In the order of the files, as a site reads its own: a simulation of sites ends at the bits of the sites.
+        rows: dict[str, list[int]] = {}
+        for number, site in enumerate(dataset.groups):
+            rows.setdefault(str(site), []).append(number)
+        return [rows[site] for site in sorted(rows)]
     grouped = bool(config.partition_by) or config.partition == "folders"
     kind = "column" if config.partition == "folders" else config.partition
     values = dataset.groups if grouped else dataset.labels

@@ -10,7 +10,13 @@ from types import TracebackType
 
 import httpx
 from cryptography.hazmat.primitives import serialization
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -76,6 +82,18 @@ class SuperLink:
         with _explained():
             reply = self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
         return int(reply.node_id)
+
+    def stop_runs(self) -> None:
+        """Stop whatever Flower takes to be under way, and drop its messages.
+
+        A run whose process was killed counts as running until its heartbeats have been missed for a minute. Until then
+        nodes are given its requests, whose content may be lost, and wait for it.
+        """
+        with _explained():
+            reply = self._client.ListRuns(ListRunsRequest())
+            for identity, run in reply.run_dict.items():
+                if run.status.status != "finished":
+                    self._client.StopRun(StopRunRequest(run_id=identity))
 
     def unregister(self, node: int) -> None:
         """Shut a node out."""

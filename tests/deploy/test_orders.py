@@ -15,6 +15,7 @@ from federation_maker import Made, make_federation
 
 from fednano.deploy import node as module
 from fednano.deploy.orders import Order, Orders
+from fednano.deploy.supervise import alive
 from fednano.errors import ConfigError, RunError
 from fednano.federation.config import RunConfig
 from fednano.runs import RunFolder
@@ -84,15 +85,28 @@ def test_a_run_is_handed_over_with_the_servers_settings(made: Made, started: lis
     assert len(started) == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system does not tell")
+def test_a_killed_process_that_nobody_has_waited_for_counts_as_dead() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert alive(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not alive(process.pid)
+    process.communicate()
+    assert not alive(process.pid)
+
+
 @pytest.mark.parametrize("how", ["process", "superlink"])
 def test_a_killed_run_is_resumed_from_its_checkpoint(
     made: Made, started: list[dict[str, Any]], how: str
 ) -> None:
     orders = Orders(made.place)
     orders.submit({"rounds": 3})
-    orders.tend({}, fresh=False)
+    cleared: list[int] = []
+    orders.tend({}, fresh=False, clear=lambda: cleared.append(len(started)))
     folder = begin(made, orders, dead_pid() if how == "process" else os.getpid(), checkpoint=True)
-    orders.tend({}, fresh=how == "superlink")
+    orders.tend({}, fresh=how == "superlink", clear=lambda: cleared.append(len(started)))
+    assert cleared == [0, 1]  # what Flower takes to be under way is ended before something new begins
     assert [each["resume"] for each in started] == ["", folder.id]
     assert not made.place.is_active(folder.id)  # until its process is there again
 

@@ -51,6 +51,9 @@ class Sandbox:
             "HF_HUB_OFFLINE": "1",
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }
+        self.environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # some fifty processes would each compile the library
         (folder / "flwr").mkdir()
         self._started: list[subprocess.Popen[bytes]] = []
 
