@@ -53,6 +53,13 @@ def test_its_recipe_and_rows_are_sound(made: Path, monkeypatch: pytest.MonkeyPat
         load_data(config.changed(clients=4))
 
 
+def test_its_modules_find_what_they_import(made: Path) -> None:
+    modules = [path for path in made.rglob("*.py") if "runs" not in path.parts]
+    assert len(modules) >= 3
+    for path in modules:
+        exec(compile(path.read_text(), str(path), "exec"), {"__name__": path.stem, "__file__": str(path)})
+
+
 @pytest.mark.acceptance
 def test_its_own_tests_pass(made: Path) -> None:
     done = subprocess.run(
