@@ -9,6 +9,7 @@ from typing import Any
 from fednano.deploy.node import flower, flower_environment, free_port, keep_up, owned, say
 from fednano.deploy.supervise import Child, command
 from fednano.errors import ConfigError
+from fednano.security.authority import require_valid
 from fednano.security.keys import read_private
 from fednano.security.place import SiteBundle
 
@@ -22,11 +23,13 @@ def client_up(bundle: Path) -> None:
         bundle: folder of the site's keys, as `fednano deploy enroll` made it.
 
     Raises:
-        ConfigError: the bundle is not whole, a key can be read by others, or it runs already.
+        ConfigError: the bundle is not whole, a key can be read by others, its certificate is not valid now, or it runs
+            already.
     """
     place = SiteBundle(bundle.absolute())
     facts, state = place.facts, place.root / "state"
-    assert place.credentials  # says now what is wrong with the keys, if anything is
+    # What is wrong with the keys is said now, if anything is.
+    require_valid(place.credentials.certificate, f"fednano deploy renew --bundle {bundle}")
     read_private(place.root / "node.key", "fednano deploy enroll")
     with owned(state):
         arguments = [

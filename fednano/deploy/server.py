@@ -19,6 +19,7 @@ from fednano.deploy.plan import Plan
 from fednano.deploy.supervise import Child, command
 from fednano.errors import FednanoError, RunError
 from fednano.federation.superlink import SuperLink, write_app
+from fednano.security.authority import require_valid
 from fednano.security.place import ServerPlace
 
 __all__ = ["server_up"]
@@ -42,11 +43,13 @@ def server_up(root: Path) -> None:
         root: folder of the server.
 
     Raises:
-        ConfigError: the folder is none, a key can be read by others, a port is taken, or it runs already.
+        ConfigError: the folder is none, a key can be read by others, the certificate is not valid now, a port is
+            taken, or it runs already.
     """
     place = ServerPlace(root.absolute())
     plan, state = Plan.from_json(place.plan), place.root / "state"
-    assert place.credentials  # says now what is wrong with the keys, if anything is
+    # What is wrong with the keys is said now, if anything is.
+    require_valid(place.credentials.certificate, "fednano deploy renew")
     with owned(state):
         inside, metrics = free_port(), free_port()
         flwr = flower_environment(state / "flwr")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fednano.errors import RunError
 from fednano.federation.messages import Instruction
-from fednano.runs.atomic import write_bytes
+from fednano.runs.atomic import disk_advice, write_bytes
 
 __all__ = ["ClientState", "state_of"]
 
@@ -66,7 +66,12 @@ class ClientState:
             RunError: the disk is full or the folder cannot be written.
         """
         content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # trained on the client's own data
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # trained on the client's own data
+        except OSError as error:
+            raise RunError(
+                f"cannot make {self.folder}: {disk_advice(self.folder.parent, 0, error)}"
+            ) from error
         write_bytes(self._path(number), save(content))
         for path in self.folder.iterdir():
             found = _NAME.fullmatch(path.name)

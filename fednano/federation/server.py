@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,7 +103,8 @@ def _kept(folder: RunFolder) -> str:
 
 def _ended(error: _Error, folder: RunFolder, view: RunView) -> _Error:
     """Write down and show why a run ended early; the command line need not say it again."""
-    folder.append_event("error", str(error))
+    with suppress(FednanoError):  # a full disk, which may be what ended it; then it is shown only
+        folder.append_event("error", str(error))
     folder.close()
     view.finish(error=str(error))
     error.shown = True

@@ -15,7 +15,8 @@ from fednano.federation.client_task import evaluate, gather, hello, install, sec
 from fednano.federation.known_again import resurfaced
 from fednano.federation.messages import Instruction, Reply
 from fednano.federation.worker import Worker, site_name
-from fednano.security.place import SiteBundle
+from fednano.security.authority import require_valid
+from fednano.security.place import Credentials, SiteBundle
 
 __all__ = ["ABOVE", "OTHER_WORK_BY", "TASKS", "carry_out", "loaded"]
 
@@ -60,7 +61,7 @@ def carry_out(task: str, content: RecordDict, node: Mapping[str, Any], began: fl
     try:
         Worker.forgotten, Worker.began = instruction.tombstones, began
         bundle = str(node.get("bundle", ""))
-        Worker.credentials = SiteBundle(Path(bundle)).credentials if bundle else None
+        Worker.credentials = _credentials(bundle) if bundle else None
         reply = (loaded(ABOVE[task]) if task in ABOVE else TASKS[task])(instruction, node)
         reply = replace(reply, facts={**reply.facts, "tombstones": instruction.tombstones.digest})
     except FednanoError as error:
@@ -70,3 +71,10 @@ def carry_out(task: str, content: RecordDict, node: Mapping[str, Any], began: fl
             name = "unnamed"
         reply = Reply.failed(name, instruction.round, error)
     return reply.to_records()
+
+
+def _credentials(bundle: str) -> Credentials:
+    """A site's own. An expired certificate is told here; on the wire it would be a connection that fails."""
+    own = SiteBundle(Path(bundle)).credentials
+    require_valid(own.certificate, f"fednano deploy renew --bundle {bundle}")
+    return own

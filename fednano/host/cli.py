@@ -153,12 +153,14 @@ def _managed_tokens(stop: _StopSwitch) -> list[bytes]:
 
 def _security(options: argparse.Namespace, tokens: list[bytes]) -> HostSecurity:
     if options.server is not None:
+        from fednano.security.authority import require_valid
         from fednano.security.place import ServerPlace
 
         if tokens or options.token_file or options.tls_cert or options.tls_key or options.client_ca:
             raise ConfigError("--server brings certificates and tokens; leave the other options for them out")
         place = ServerPlace(options.server)
         own = place.credentials
+        require_valid(own.certificate, "fednano deploy renew")
         return HostSecurity(own.certificate, own.key, own.root, RunTokens.of_place(place))
     if options.token_file is not None:
         lines = options.token_file.read_text().split()

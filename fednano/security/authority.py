@@ -22,7 +22,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fednano.errors import ConfigError, RequestRefused
 from fednano.security.keys import check_name, read_private, write_private
 
-__all__ = ["SERVER", "Authority", "certificate_facts", "new_key", "private_pem", "request_certificate"]
+__all__ = [
+    "SERVER",
+    "Authority",
+    "certificate_facts",
+    "new_key",
+    "private_pem",
+    "request_certificate",
+    "require_valid",
+]
 
 SERVER = "server"
 """Name in the server's own certificate; no site may have it."""
@@ -155,6 +163,32 @@ class Authority:
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
         return builder.sign(self.key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+
+
+def require_valid(pem: bytes, renew: str, *, now: datetime | None = None) -> None:
+    """See that a certificate's time has come and is not over, by this machine's clock.
+
+    Args:
+        pem: the certificate.
+        renew: how to get another one.
+        now: the time, by default this machine's.
+
+    Raises:
+        ConfigError: it has expired, or is not valid yet.
+    """
+    certificate, moment = x509.load_pem_x509_certificate(pem), now or datetime.now(UTC)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    if moment > end:
+        raise ConfigError(
+            f"the certificate of {name.value!s} expired at {end:%Y-%m-%d %H:%M} UTC; this machine's clock says "
+            f"{moment:%Y-%m-%d %H:%M}. Renew it: {renew}"
+        )
+    if moment < begin:
+        raise ConfigError(
+            f"the certificate of {name.value!s} is valid from {begin:%Y-%m-%d %H:%M} UTC on; this machine's clock says "
+            f"{moment:%Y-%m-%d %H:%M}. Set the clock right."
+        )
 
 
 def _subject(name: str) -> x509.Name:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from fednano.host.proto.language_host_pb2_grpc import LanguageHostStub
 from fednano.host.quota import Quotas
 from fednano.host.security import bearer
 from fednano.models.language import LocalLLM
+from fednano.security import authority
+from fednano.security.authority import Authority, new_key, private_pem, request_certificate
 from fednano.security.place import Credentials
 from fednano.security.tokens import Allowance
 
@@ -151,6 +154,25 @@ def test_a_certificate_of_a_foreign_authority(
 ) -> None:
     theirs = make_federation(tmp_path / "foreign", "site-a").bundle("site-a").credentials
     mixed = Credentials(made.bundle("site-a").credentials.root, theirs.key, theirs.certificate)
+    with remote(host, mixed, token(made, "site-a")) as llm, pytest.raises(HostUnavailable):
+        llm.describe()
+    neighbour()
+
+
+def test_an_expired_certificate(
+    host: RunningHost, made: Made, monkeypatch: pytest.MonkeyPatch, neighbour: Callable[[], None]
+) -> None:
+    class LongAgo(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) - timedelta(days=3)
+
+    key = new_key()
+    with monkeypatch.context() as patch:
+        patch.setattr(authority, "datetime", LongAgo)
+        own = Authority.load(made.folder / "authority")
+        expired = own.issue_site(request_certificate(key, "site-a"), "site-a", 1)
+    mixed = Credentials(made.bundle("site-a").credentials.root, private_pem(key), expired)
     with remote(host, mixed, token(made, "site-a")) as llm, pytest.raises(HostUnavailable):
         llm.describe()
     neighbour()

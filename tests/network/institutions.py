@@ -19,7 +19,7 @@ name = "hospitals"
 sites = {sites}
 [server]
 names = ["{address}"]
-listen = "{address}"
+listen = "{listen}"
 fleet-port = {fleet}
 host-port = {host}
 """
@@ -27,7 +27,7 @@ NAMES = ("ada", "ben", "cora", "dan", "emma", "finn", "gina", "hugo")
 CITIES = ("paris", "rome", "oslo", "cairo", "lima", "tokyo", "delhi", "boston")
 
 
-def make_data(folder: Path, each: int = 12, named: int = 4) -> None:
+def make_data(folder: Path, sites: tuple[str, ...] = SITES, each: int = 12, named: int = 4) -> None:
     """A folder for each site below ``sites``, each with test questions of its own, and the server's test questions.
 
     Questions and pictures are easy-VQA's. The first ``named`` of each file are made up: what is answered of them is
@@ -37,7 +37,7 @@ def make_data(folder: Path, each: int = 12, named: int = 4) -> None:
 
     draws, at = random.Random(0), 0
     for place, split in (
-        *((folder / "sites" / s, p) for s in SITES for p in ("train", "test")),
+        *((folder / "sites" / s, p) for s in sites for p in ("train", "test")),
         (folder, "test"),
     ):
         place.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,9 @@ def provision(
     sandbox: Sandbox, sites: tuple[str, ...] = SITES, *, data: Path | None = None, address: str = "127.0.0.1"
 ) -> None:
     """The whole way from the plan to complete bundles, each in a folder of the site's name."""
-    plan = PLAN.format(sites=json.dumps(list(sites)), address=address, fleet=free_port(), host=free_port())
+    listen = address if address == "127.0.0.1" else "0.0.0.0"
+    ports = {"fleet": free_port(), "host": free_port()}
+    plan = PLAN.format(sites=json.dumps(list(sites)), address=address, listen=listen, **ports)
     (sandbox.folder / "federation.toml").write_text(plan)
     sandbox.run("fednano", "deploy", "init", "federation.toml")
     for number, site in enumerate(sites):
@@ -116,3 +118,16 @@ def rounds(sandbox: Sandbox) -> int:
     """How many rounds the newest run has finished."""
     runs = run_folders(sandbox)
     return len(list((runs[-1] / "checkpoints").glob("round-*"))) if runs else 0
+
+
+def simulated(folder: Path, settings: dict[str, Any], *, clients: int) -> dict[str, Any]:
+    """The adapter of a simulation whose clients are the same sites, without a host."""
+    from safetensors.torch import load_file
+
+    from fednano.federation.config import RunConfig
+    from fednano.federation.simulation import simulate
+    from fednano.runs import make_view
+
+    given = {"clients": clients, "partition": "folders", "placement": "local", "runs-dir": str(folder)}
+    run = simulate(RunConfig.from_mapping(settings | given), backend="inprocess", view=make_view("quiet"))
+    return load_file(run / "adapter.safetensors")

@@ -108,6 +108,8 @@ class Sandbox:
                 for process in self._started:
                     process.poll()
                 if not self.leftovers():
+                    for process in self._started:
+                        process.wait(10)
                     return
                 time.sleep(0.1)
         raise AssertionError(f"these processes did not end: {self.leftovers()}")

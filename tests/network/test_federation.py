@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from institutions import (
@@ -21,6 +20,7 @@ from institutions import (
     provision,
     rounds,
     run_folders,
+    simulated,
     status,
 )
 from processes import Sandbox
@@ -29,9 +29,6 @@ from typer.testing import CliRunner
 
 from fednano.cli.commands import app
 from fednano.deploy.jobs import listed
-from fednano.federation.config import RunConfig
-from fednano.federation.simulation import simulate
-from fednano.runs import make_view
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]
 
@@ -60,13 +57,6 @@ def fednano(*words: str) -> str:
     return done.stdout
 
 
-def simulated(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The adapter of a simulation whose clients are the same sites, without a host."""
-    given = {"clients": 3, "partition": "folders", "placement": "local", "runs-dir": str(folder)}
-    run = simulate(RunConfig.from_mapping(settings | given), backend="inprocess", view=make_view("quiet"))
-    return load_file(run / "adapter.safetensors")
-
-
 def test_three_institutions_tune_what_the_simulation_tunes_and_forget_though_parts_are_killed(
     sandbox: Sandbox, wait_for: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +67,7 @@ def test_three_institutions_tune_what_the_simulation_tunes_and_forget_though_par
     server = sandbox.start("fednano", "server", "up", name="server")
     fednano("unlearn", "keygen", "--site", OWNER, "--keys", f"{OWNER}/keys")
     settings = {**SMALL, "dataset": str(data)}
-    expected = simulated(sandbox.folder / "reference", settings)
+    expected = simulated(sandbox.folder / "reference", settings, clients=3)
     wait_for(lambda: is_up(sandbox), 300, "the server")
     clients = [sandbox.start("fednano", "client", "up", "--bundle", site, name=site) for site in SITES]
     options = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
