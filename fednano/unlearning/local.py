@@ -16,7 +16,7 @@ from fednano.models.language import LanguageModel
 from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
 from fednano.training.objectives import dpo, kl_divergence, npo, simnpo
-from fednano.training.steps import OPTIMIZERS
+from fednano.training.steps import OPTIMIZERS, optimizer_steps
 from fednano.unlearning.methods import Method
 from fednano.unlearning.probe import require_local
 from fednano.unlearning.targets import without_end
@@ -168,9 +168,6 @@ def steps(
         for stream in edge.layers
         for leaf, parameter in edge.layer(stream).theta.items()
     }
-    optimizer = OPTIMIZERS[settings.optimizer](
-        list(named.values()), lr=settings.learning_rate, weight_decay=0.0
-    )
     retain_kind = "cross_entropy" if method is None else method.retain
     kept = retain if retain_kind != "nothing" else None
     plan = _Plan(settings, seed, client, round_number)
@@ -188,46 +185,39 @@ def steps(
             raise _diverged(client, round_number, number + 1)
         return batch
 
-    for number in range(settings.steps):
-        terms: dict[str, Tensor] = {}
-        if forget is not None and method is not None:
-            indices = forget_batches[number]
-            terms["forget"] = _forget_term(
-                edge,
-                llm,
-                method,
-                settings,
-                compose,
-                forget,
-                indices,
-                refusal=refusal,
-                reference=reference,
-            )
-            samples += len(indices)
-        if kept is not None:
-            indices = retain_batches[number]
-            batch = compose(kept, indices)
-            if retain_kind == "kl":
-                local = require_local(llm, "the method 'kl'")
-                logits, _, counts = local.token_logits(batch.embeds, batch.mask, batch.labels, batch.images)
-                each = kl_divergence(logits, looking_back[number])
-                terms["retain"] = torch.stack([part.mean() for part in torch.split(each, counts)]).mean()
-            else:
-                terms["retain"] = llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).mean()
-            samples += len(indices)
-        if not terms:
-            break
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.stack(list(terms.values())).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        _keep_still(named, moving)
-        if not _finite(total, named):
-            raise _diverged(client, round_number, number + 1)
-        if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip_norm)
-        optimizer.step()
-        for name, term in terms.items():
-            sums[name] += float(term.detach())
+    with optimizer_steps(
+        list(named.values()),
+        settings.optimizer,
+        learning_rate=settings.learning_rate,
+        clip_norm=settings.clip_norm,
+    ) as optimizer:
+        for number in range(settings.steps):
+            terms: dict[str, Tensor] = {}
+            if forget is not None and method is not None:
+                indices = forget_batches[number]
+                terms["forget"] = _forget_term(
+                    *(edge, llm, method, settings, compose, forget, indices),
+                    refusal=refusal,
+                    reference=reference,
+                )
+                samples += len(indices)
+            if kept is not None:
+                indices = retain_batches[number]
+                before = looking_back[number] if looking_back else None
+                terms["retain"] = _retain_term(llm, compose(kept, indices), before)
+                samples += len(indices)
+            if not terms:
+                break
+            optimizer.zero_grad()
+            total = torch.stack(list(terms.values())).sum()
+            total.backward()  # type: ignore[no-untyped-call]
+            gradients = optimizer.gradients()
+            _keep_still(named, moving)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in (total.detach(), *gradients)):
+                raise _diverged(client, round_number, number + 1)
+            optimizer.step()
+            for name, term in terms.items():
+                sums[name] += float(term.detach())
     count = settings.steps
     return LocalResult(
         sums["forget"] / count if forget is not None and method is not None else None,
@@ -295,6 +285,16 @@ def _forget_term(
     return dpo(preferred, reference.refusal[indices].to(nll), nll, before, settings.npo_beta).mean()
 
 
+def _retain_term(llm: LanguageModel, batch: Composed, before: Tensor | None) -> Tensor:
+    """What keeps retained samples: their loss, or the distance to the logits ``before`` at every token of theirs."""
+    if before is None:
+        return llm.loss(batch.embeds, batch.mask, batch.labels, images=batch.images).mean()
+    local = require_local(llm, "the method 'kl'")
+    logits, _, counts = local.token_logits(batch.embeds, batch.mask, batch.labels, batch.images)
+    each = kl_divergence(logits, before)
+    return torch.stack([part.mean() for part in torch.split(each, counts)]).mean()
+
+
 @torch.no_grad()
 def _reference_logits(
     edge: NanoEdge, llm: LanguageModel, data: ClientData, batches: list[list[int]], reference: Reference
@@ -313,8 +313,7 @@ def _reference_logits(
 def _keep_still(named: Mapping[str, torch.nn.Parameter], moving: Mapping[str, Tensor]) -> None:
     """Zero the gradient of what is not trained: Adam then leaves it alone, to the bit."""
     for name, parameter in named.items():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        assert parameter.grad is not None
         parameter.grad.mul_(moving[name].to(parameter.grad))
 
 
@@ -322,12 +321,4 @@ def _diverged(client: str, round_number: int, step: int) -> TrainingDiverged:
     return TrainingDiverged(
         f"{client}, round {round_number} of unlearning, step {step}: an adapter's output, a loss or a gradient is not "
         "finite. Lower the learning rate, or choose a bounded method such as 'loku'."
-    )
-
-
-def _finite(total: Tensor, named: Mapping[str, torch.nn.Parameter]) -> bool:
-    return bool(torch.isfinite(total.detach())) and all(
-        bool(torch.isfinite(parameter.grad).all())
-        for parameter in named.values()
-        if parameter.grad is not None
     )

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "simulations"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import unlearning  # noqa: E402
+from forgetting import verdict  # noqa: E402
 from forgetting.schedule import carry_out  # noqa: E402
 from forgetting.stories import stories_model, stories_tokenizer, write_model  # noqa: E402
 
@@ -149,7 +150,7 @@ def test_the_settings_that_forget_win_and_among_them_those_that_keep_most() -> N
         row("npo", 3, status="round limit", utility_ratio=1.0, after_probability=0.9),
         row("npo", 3, status="round limit", utility_ratio=0.5, after_probability=0.4) | {"rate": 0.2},
     ]
-    best = unlearning._choose(rows)
+    best = verdict.choose(rows)
     assert best["easy-vqa", "loku"]["rate"] == 0.1
     assert best["easy-vqa", "npo"]["rate"] == 0.2
 
@@ -177,21 +178,21 @@ def test_a_method_is_judged_against_the_retrained_adapter_and_gates_follow_from_
             **{"after_extraction_strength": 0.3, "later_exact_memorisation": 0.5, "min_k_auc": 0.6},
             after_truth_ratios=[],
         )
-        unlearning.compare(each, reference)
+        verdict.compare(each, reference)
         rows.append(each)
     assert rows[0]["em_gap"] == pytest.approx(0.02)
     assert rows[0]["cost_ratio"] == pytest.approx(0.08)
     assert rows[0]["resurfaced"] == pytest.approx(0.05)  # of 0.08 the retrained adapter learns 0.03 as well
     assert rows[2]["resurfaced"] == 0
-    means = unlearning.overall(rows)
-    met = {gate.name: gate.met for gate in unlearning.gates(means, 1, rows)}
-    assert not unlearning.gates(means, 2, rows)  # a seed is missing
+    means = verdict.overall(rows)
+    met = {gate.name: gate.met for gate in verdict.gates(means, 1, rows)}
+    assert not verdict.gates(means, 2, rows)  # a seed is missing
     assert met["easy-vqa: loku, exact memorisation, distance to retrained"]
     assert not met["easy-vqa: loku, back after five more rounds"]
     assert met["easy-vqa: loku's utility over that of gradient_ascent, 1 of 1 seeds"]
     assert not met["easy-vqa: loku's utility over that of gradient_difference, 1 of 1 seeds"]
     rows[1]["status"] = "round limit"  # it has not forgotten: no equal forgetting to compare at
-    names = [gate.name for gate in unlearning.gates(means, 1, rows)]
+    names = [gate.name for gate in verdict.gates(means, 1, rows)]
     assert not any("gradient_ascent" in name for name in names)
 
 

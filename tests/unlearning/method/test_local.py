@@ -120,9 +120,15 @@ def test_kl_keeps_the_retained_distribution_nearer_than_ascent_alone(
     assert distance("kl") < 0.97 * distance("gradient_ascent")
 
 
+@pytest.mark.parametrize("kernels", ["off", "on"])
 def test_what_is_not_moving_keeps_its_bits(
-    tuned: Tuned, parts: tuple[EdgePart, LocalLLM], texts: list[Sample]
+    kernels: str,
+    tuned: Tuned,
+    parts: tuple[EdgePart, LocalLLM],
+    texts: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("FEDNANO_KERNELS", kernels)
     nano = tuned(rank=4)
     before = nano.travelling()
     moving = {name: torch.zeros_like(leaf, dtype=torch.bool) for name, leaf in before.items()}
@@ -132,6 +138,25 @@ def test_what_is_not_moving_keeps_its_bits(
     for name, leaf in before.items():
         assert torch.equal(after[name][~moving[name]], leaf[~moving[name]])
     assert not torch.equal(after["text.A"][:, :2], before["text.A"][:, :2])
+
+
+@pytest.mark.parametrize("name", ["loku", "kl", "npo"])
+def test_the_projects_kernels_make_the_same_steps(
+    name: str,
+    memorised: dict[str, Tensor],
+    parts: tuple[EdgePart, LocalLLM],
+    texts: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = []
+    for mode in ("off", "on"):
+        monkeypatch.setenv("FEDNANO_KERNELS", mode)
+        nano = knowing(parts, memorised)
+        owner_steps(nano, parts[1], texts, name, settings=LocalSettings(steps=4, batch_size=4, clip_norm=0.5))
+        ends.append(nano.travelling())
+    for leaf, value in ends[0].items():
+        torch.testing.assert_close(ends[1][leaf], value, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(value, memorised[leaf])
 
 
 def test_other_parties_take_cross_entropy_steps(
