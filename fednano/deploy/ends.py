@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 from fednano.runs import RunFolder
@@ -11,13 +10,15 @@ from fednano.unlearning.live import ENDED, ENDED_EARLY
 __all__ = ["error_of", "how_it_ended"]
 
 
-def error_of(folder: Path, since: float) -> str:
-    """The error that a run ended with after ``since`` (seconds since 1970); empty while there is none."""
-    for event in reversed(RunFolder(folder).events()):
-        if event.get("level") == "error":
-            ended = datetime.fromisoformat(str(event["time"])).timestamp()
-            return str(event.get("text", "")) if ended >= since - 1 else ""
-    return ""
+def error_of(folder: Path, known: int) -> str:
+    """The error that a run ended with; empty while there is none.
+
+    Args:
+        folder: the run.
+        known: how many of its events were there before it was started.
+    """
+    errors = (e for e in reversed(RunFolder(folder).events()[known:]) if e.get("level") == "error")
+    return next((str(event.get("text", "")) for event in errors), "")
 
 
 def how_it_ended(folder: Path, known: int) -> str | None:

@@ -1,15 +1,15 @@
 """What the server is to do: runs ordered with `fednano run`, and unlearning jobs, one after the other.
 
 An order is a file in ``state/orders``, so that neither a crash nor a restart of the machine loses one. That of a run is
-done when the run has a summary, failed when the run ended with an error that a person must look at, and otherwise tried
-again from the run's last checkpoint. That of jobs is made by the server as soon as a run has jobs that can be worked
-on, and is done when none is left. While their owners are away, or after an error, it lets others go first.
+done when the run has a summary, failed when the run ended with an error before its first round or kept ending with one,
+and otherwise tried again from the run's last checkpoint. That of jobs is made by the server as soon as a run has jobs
+that can be worked on, and is done when none is left. While their owners are away, or after an error, it lets others go
+first.
 """
 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from fednano.deploy.ends import error_of, how_it_ended
 from fednano.deploy.jobs import Listed, listed, settings_for, workable
 from fednano.deploy.node import run_app
+from fednano.deploy.order import JOBS, RUN, Order, new_id
 from fednano.deploy.supervise import alive
 from fednano.errors import ConfigError, FednanoError, RunError
 from fednano.federation.config import UNPROTECTED, RunConfig
@@ -29,43 +30,9 @@ __all__ = ["JOBS", "Order", "Orders"]
 
 _START_S = 180.0
 _ATTEMPTS = 10
+_TRIES = 4  # after an error, of a run that has finished rounds: a site that was away may be back
 _OPEN = ("waiting", "running")
 _PAUSE_S, _LONGEST_PAUSE_S = 30.0, 1_800.0
-RUN, JOBS = "run", "jobs"
-"""Kinds of orders."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """A run that is to be, or a run's unlearning jobs.
-
-    Attributes:
-        id: sorts by time.
-        settings: of the run, those that differ from the defaults; of jobs, whether their updates may be unprotected.
-        state: ``waiting``, ``running``, ``done`` or ``failed``.
-        run: id of its run folder, once there is one.
-        attempts: how often it was started; of jobs, since the last time that it ended well.
-        started: of the newest attempt, seconds since 1970.
-        before: run folders that were there before it started.
-        note: why it failed, or waits.
-        kind: ``run`` or ``jobs``.
-        jobs: ids of the jobs that could be worked on when it was last looked at.
-        after: not to be started earlier, seconds since 1970.
-        events: of jobs, how many events the run had before the newest attempt.
-    """
-
-    id: str
-    settings: dict[str, Any]
-    state: str = "waiting"
-    run: str = ""
-    attempts: int = 0
-    started: float = 0.0
-    before: tuple[str, ...] = ()
-    note: str = ""
-    kind: str = RUN
-    jobs: tuple[str, ...] = ()
-    after: float = 0.0
-    events: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +83,7 @@ class Orders:
                 "federation's plan, or leave the option out."
             )
         RunConfig.from_mapping(whole)
-        order = Order(_new_id(), whole)
+        order = Order(new_id(), whole)
         self.save(order)
         return order
 
@@ -135,7 +102,7 @@ class Orders:
         ours = (order for order in self.all() if order.kind == JOBS and order.run == run)
         order = next((order for order in ours if order.state in _OPEN), None)
         if order is None:
-            order = Order(_new_id(), given, run=run, kind=JOBS)
+            order = Order(new_id(), given, run=run, kind=JOBS)
         elif order.state == "waiting":
             order = replace(order, settings={**order.settings, **given}, attempts=0, after=0.0)
         self.save(order)
@@ -219,7 +186,7 @@ class Orders:
             if any(order.run == run and order.state in _OPEN for order in known) or set(ids) <= covered:
                 continue
             if (self.runs / run / "adapter.json").exists() and run not in self.place.active():
-                self.save(Order(_new_id(), {}, run=run, kind=JOBS, jobs=ids))
+                self.save(Order(new_id(), {}, run=run, kind=JOBS, jobs=ids))
 
     def _away(self, queues: Mapping[str, list[Listed]], connected: Collection[str]) -> dict[str, Order]:
         """Orders that wait because none of their jobs' owners is connected."""
@@ -243,14 +210,13 @@ class Orders:
             return replace(order, state="done", note="")
         order = replace(order, jobs=tuple(job.job for job in left))
         if reason:
-            pause = min(_PAUSE_S * 2 ** (order.attempts - 1), _LONGEST_PAUSE_S)
-            return self._again(order, reason, pause=pause)
+            return self._again(order, reason, pause=_pause(order.attempts))
         note = "; ".join(f"{job.job} {job.note}" for job in left)
         return self._again(replace(order, attempts=0), note, pause=_PAUSE_S)
 
-    def _again(self, order: Order, note: str, *, pause: float) -> Order:
-        if order.attempts >= _ATTEMPTS:
-            return replace(order, state="failed", note=f"given up after {_ATTEMPTS} times: {note}")
+    def _again(self, order: Order, note: str, *, pause: float, most: int = _ATTEMPTS) -> Order:
+        if order.attempts >= most and not self._progress(order):
+            return replace(order, state="failed", note=f"given up after {order.attempts} times: {note}")
         return replace(order, state="waiting", note=note, after=time.time() + pause)
 
     def _look_at(self, order: Order, *, fresh: bool) -> Order:
@@ -261,14 +227,19 @@ class Orders:
         folder = self.runs / order.run if order.run else None
         if folder is not None and (folder / "summary.json").exists() and order.run not in self.place.active():
             return replace(order, state="done")
-        if folder is not None and (error := error_of(folder, order.started)):
-            return replace(order, state="failed", note=error)
+        if folder is not None and (error := error_of(folder, order.events)):
+            if not RunFolder(folder).checkpoints():
+                return replace(order, state="failed", note=error)
+            return self._again(order, error, pause=_pause(order.attempts), most=_TRIES)
         late = time.time() - order.started > _START_S
         if fresh or (self._died(order) if order.run else late):
-            if order.attempts >= _ATTEMPTS:
-                return replace(order, state="failed", note=f"its process ended {_ATTEMPTS} times")
-            return replace(order, state="waiting")
+            return self._again(order, "its process was killed", pause=0.0)
         return order
+
+    def _progress(self, order: Order) -> int:
+        """How many rounds a run has finished since it was started the last time."""
+        done = RunFolder(self.runs / order.run).checkpoints() if order.run else []
+        return max(0, (done[-1] if done else 0) - order.rounds)
 
     def _died(self, order: Order) -> bool:
         """Whether the process of a run has ended without saying why."""
@@ -290,10 +261,13 @@ class Orders:
                 settings = settings_for(folder, unprotected=bool(order.settings.get(UNPROTECTED)))
             except FednanoError as error:
                 return replace(order, state="failed", note=str(error))
-            known = len(RunFolder(folder).events())
+        if checkpoint or order.kind == JOBS:
+            known = len(RunFolder(self.runs / order.run).events())
         own = {"server-dir": str(self.place.root.absolute()), "runs-dir": str(self.runs.absolute())}
         if order.run:
             self.place.deactivate(order.run)
+        if order.kind == RUN and (done := self._progress(order)):
+            order = replace(order, attempts=0, rounds=order.rounds + done)
         order = replace(order, attempts=order.attempts + 1)
         if note := run_app(self.place.root / "state", {**settings, **own}, environment):
             return replace(order, state="waiting" if order.attempts < _ATTEMPTS else "failed", note=note)
@@ -308,5 +282,5 @@ class Orders:
         )
 
 
-def _new_id() -> str:
-    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}"
+def _pause(attempts: int) -> float:
+    return min(_PAUSE_S * 2.0 ** max(0, attempts - 1), _LONGEST_PAUSE_S)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Child", "alive", "command", "end_all"]
+__all__ = ["Child", "alive", "bearers", "command", "end_all"]
 
 _MARK = "FEDNANO_CHILD"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
@@ -114,7 +114,7 @@ class Child:
 def end_all(marks: Sequence[str], seconds: float = 5.0) -> None:
     """End every process that bears one of these marks: asked first, killed after ``seconds``."""
     deadline, number = time.monotonic() + seconds, signal.SIGTERM
-    while left := [pid for mark in marks for pid in _bearers(mark)]:
+    while left := [pid for mark in marks for pid in bearers(mark)]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
@@ -136,7 +136,7 @@ def alive(pid: int) -> bool:
         return not Path("/proc/self/stat").exists()  # gone meanwhile, or a system that does not tell
 
 
-def _bearers(mark: str) -> list[int]:
+def bearers(mark: str) -> list[int]:
     """Processes with the mark in their environment. Empty on systems that do not tell (other than Linux)."""
     wanted, found = f"{_MARK}={mark}".encode(), []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,42 @@ def test_a_run_that_ended_with_an_error_is_not_repeated(made: Made, started: lis
     done = orders.get(order.id)
     assert (done.state, done.note) == ("failed", "no client delivered a valid update")
     assert len(started) == 1
+
+
+def test_a_run_that_has_worked_is_tried_again_after_an_error(
+    made: Made, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders, moment = Orders(made.place), time.time()
+    monkeypatch.setattr("fednano.deploy.orders.time.time", lambda: moment)
+    order = orders.submit({})
+    orders.tend({}, fresh=False)
+    folder = begin(made, orders, os.getpid(), checkpoint=True)
+
+    def fail() -> None:
+        nonlocal moment
+        folder.append_event("error", "client site-b cannot take part: no reply")
+        made.place.deactivate(folder.id)
+        orders.tend({}, fresh=False)
+        waiting = orders.get(order.id)
+        if waiting.state == "waiting":
+            orders.tend({}, fresh=False)
+            assert orders.get(order.id) == waiting  # not at once
+            moment += 10_000.0
+            orders.tend({}, fresh=False)
+
+    for tries in range(1, 4):
+        fail()
+        assert len(started) == 1 + tries
+    # With a round in between, the tries are counted anew.
+    (folder.path / "checkpoints" / "round-0002").mkdir()
+    for tries in range(4, 8):
+        fail()
+        assert len(started) == 1 + tries
+    fail()
+    failed = orders.get(order.id)
+    assert (failed.state, len(started)) == ("failed", 8)
+    assert "given up after 4 times: client site-b cannot take part" in failed.note
+    assert {each["resume"] for each in started[1:]} == {folder.id}
 
 
 def test_what_always_dies_is_given_up(made: Made, started: list[dict[str, Any]]) -> None:
