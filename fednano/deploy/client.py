@@ -15,6 +15,9 @@ from fednano.security.place import SiteBundle
 
 __all__ = ["client_up", "node_config"]
 
+# Each message waits for its executor to look for it; Flower's own interval is a second.
+_OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
+
 
 def client_up(bundle: Path) -> None:
     """Run a site's SuperNode and its warm worker until SIGTERM or SIGINT.
@@ -42,7 +45,9 @@ def client_up(bundle: Path) -> None:
         worker = command("fednano.federation.warm", "--socket", str(state / "worker.sock"))
         children = [
             Child("worker", worker, state / "worker.log"),
-            Child("supernode", arguments, state / "supernode.log", flower_environment(state / "flwr")),
+            Child(
+                "supernode", arguments, state / "supernode.log", flower_environment(state / "flwr") | _OFTEN
+            ),
         ]
         say(f"{facts['site']}: joining {facts['federation']} at {facts['fleet']}")
         keep_up(state, children, lambda _: {"site": facts["site"], "federation": facts["federation"]})
