@@ -65,7 +65,7 @@ def run(
     order = orders.submit({name.replace("_", "-"): value for name, value in settings.items()})
     if not as_json:
         typer.echo(f"ordered {order.id}")
-    shown, up = 0, require_up(place.root)
+    shown, noted, up = 0, "", require_up(place.root)
     while wait and order.state in ("waiting", "running"):
         next(up)
         time.sleep(1)
@@ -75,6 +75,9 @@ def run(
             for line in lines[shown:]:
                 typer.echo(line)
             shown = max(shown, len(lines))
+        if order.state == "waiting" and order.note != noted and not as_json:
+            typer.echo(order.note, err=True)
+        noted = order.note
     if as_json:
         summary = orders.runs / order.run / "summary.json"
         done = json.loads(summary.read_text()) if order.state == "done" else None

@@ -128,13 +128,14 @@ class Orders:
                 return order
         raise RunError(f"there is no order {identity!r} in {self.folder}.")
 
-    def current(self, away: Collection[str] = ()) -> Order | None:
+    def current(self, away: Collection[str] = (), known: list[Order] | None = None) -> Order | None:
         """The one that is running, else the oldest that can start now.
 
         Args:
             away: ids of orders that wait for a site.
+            known: all orders, where they were read already.
         """
-        open_ = [order for order in self.all() if order.state in _OPEN]
+        open_ = [order for order in (self.all() if known is None else known) if order.state in _OPEN]
         ready = (o for o in open_ if o.id not in away and o.after <= time.time())
         return next((o for o in open_ if o.state == "running"), next(ready, None))
 
@@ -161,11 +162,12 @@ class Orders:
             DataError: the jobs of a run cannot be read.
         """
         queues = workable(listed(self.runs))
-        self._enlist(queues)
-        away = self._away(queues, connected)
-        order = self.current(away)
+        known = self.all()
+        known += self._enlist(queues, known)
+        away = _away(queues, connected, known)
+        order = self.current(away, known)
         if order is None:
-            return next(iter(away.values()), None) or next((o for o in self.all() if o.state in _OPEN), None)
+            return next(iter(away.values()), None) or next((o for o in known if o.state in _OPEN), None)
         if order.state == "running":
             look = self._look_at_jobs if order.kind == JOBS else self._look_at
             order = look(order, fresh=fresh)
@@ -175,27 +177,19 @@ class Orders:
         self.save(order)
         return order
 
-    def _enlist(self, queues: Mapping[str, list[Listed]]) -> None:
+    def _enlist(self, queues: Mapping[str, list[Listed]], known: list[Order]) -> list[Order]:
         """Order work on jobs that no order is for, if their run has ended; jobs whose order failed are left alone."""
-        known = [order for order in self.all() if order.kind == JOBS]
+        made = []
         for run, jobs in queues.items():
             ids = tuple(job.job for job in jobs)
-            covered = {
-                job for order in known if order.run == run and order.state == "failed" for job in order.jobs
-            }
-            if any(order.run == run and order.state in _OPEN for order in known) or set(ids) <= covered:
+            ours = [order for order in known if order.kind == JOBS and order.run == run]
+            covered = {job for order in ours if order.state == "failed" for job in order.jobs}
+            if any(order.state in _OPEN for order in ours) or set(ids) <= covered:
                 continue
             if (self.runs / run / "adapter.json").exists() and run not in self.place.active():
-                self.save(Order(new_id(), {}, run=run, kind=JOBS, jobs=ids))
-
-    def _away(self, queues: Mapping[str, list[Listed]], connected: Collection[str]) -> dict[str, Order]:
-        """Orders that wait because none of their jobs' owners is connected."""
-        found = {}
-        for order in self.all():
-            owners = {job.site for job in queues.get(order.run, ())}
-            if order.kind == JOBS and order.state == "waiting" and owners and not owners & set(connected):
-                found[order.id] = replace(order, note=f"waits for {', '.join(sorted(owners))} to connect")
-        return found
+                made.append(Order(new_id(), {}, run=run, kind=JOBS, jobs=ids))
+                self.save(made[-1])
+        return made
 
     def _look_at_jobs(self, order: Order, *, fresh: bool) -> Order:
         """What became of the work on a run's queue."""
@@ -284,3 +278,15 @@ class Orders:
 
 def _pause(attempts: int) -> float:
     return min(_PAUSE_S * 2.0 ** max(0, attempts - 1), _LONGEST_PAUSE_S)
+
+
+def _away(
+    queues: Mapping[str, list[Listed]], connected: Collection[str], known: list[Order]
+) -> dict[str, Order]:
+    """Orders that wait because none of their jobs' owners is connected, by id."""
+    found = {}
+    for order in known:
+        owners = {job.site for job in queues.get(order.run, ())}
+        if order.kind == JOBS and order.state == "waiting" and owners and not owners & set(connected):
+            found[order.id] = replace(order, note=f"waits for {', '.join(sorted(owners))} to connect")
+    return found
