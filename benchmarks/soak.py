@@ -182,7 +182,9 @@ def work(soak: Soak, minutes: float, rounds: int, seed: int, pause: float) -> li
         if order is None or order.state not in ("waiting", "running"):
             if order is not None and order.state == "failed":
                 break
-            before: dict[str, str] = {"start-from": str(soak.orders.runs / order.run)} if order is not None else {}
+            before: dict[str, str] = {}
+            if order is not None:
+                before["start-from"] = str(soak.orders.runs / order.run)
             order = soak.orders.submit({**SETTINGS, "rounds": rounds, "seed": seed, **before})
             orders.append(order.id)
         time.sleep(1)
