@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,20 +55,15 @@ def run(
     *, server: Server = _HERE, wait: bool = True, as_json: AsJson = False, settings: dict[str, Any]
 ) -> None:
     """Start a run among the enrolled sites, on a server that is up; resumed by itself after a crash."""
-    from fednano.deploy.node import require_up
     from fednano.deploy.orders import Orders
     from fednano.security.place import ServerPlace
 
-    place = ServerPlace(server)
-    orders = Orders(place)
-    order = orders.submit({name.replace("_", "-"): value for name, value in settings.items()})
+    orders = Orders(ServerPlace(server))
+    made = order = orders.submit({name.replace("_", "-"): value for name, value in settings.items()})
     if not as_json:
         typer.echo(f"ordered {order.id}")
-    shown, noted, up = 0, "", require_up(place.root)
-    while wait and order.state in ("waiting", "running"):
-        next(up)
-        time.sleep(1)
-        order = orders.get(order.id)
+    shown, noted = 0, ""
+    for order in orders.followed(made) if wait else ():
         if order.run and not as_json:
             lines = _progress(orders.runs / order.run)
             for line in lines[shown:]:

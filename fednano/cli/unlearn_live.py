@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,14 +90,12 @@ def run_ordered(
         ConfigError: the run is none of this server's, or no server is up; the order is kept.
         RunError: the work was given up; the jobs are in the queue.
     """
-    from fednano.deploy.node import require_up
     from fednano.deploy.orders import Orders
     from fednano.security.place import ServerPlace
     from fednano.unlearning.jobs.states import FINAL
     from fednano.unlearning.live import PREFIX
 
-    place, folder = ServerPlace(server), desk.place.folder
-    orders = Orders(place)
+    folder, orders = desk.place.folder, Orders(ServerPlace(server))
     if folder.path.absolute().parent != orders.runs.absolute():
         raise ConfigError(f"{folder.path} is no run of this server; its runs are in {orders.runs}.")
     desk.advance_all()
@@ -106,12 +103,8 @@ def run_ordered(
     if not waiting:
         return []
     shown, noted = len(folder.events()), ""
-    order = orders.submit_jobs(folder.id, unprotected=allow_unprotected)
-    up = require_up(place.root)
-    while order.state in ("waiting", "running"):
-        next(up)
-        time.sleep(1)
-        order = orders.get(order.id)
+    made = order = orders.submit_jobs(folder.id, unprotected=allow_unprotected)
+    for order in orders.followed(made):
         events = folder.events()
         for event in events[shown:]:
             tell(str(event["text"]).removeprefix(PREFIX))

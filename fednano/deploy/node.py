@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fednano.deploy.supervise import Child, end_all
+from fednano.deploy.supervise import Child, alive, end_all
 from fednano.errors import ConfigError
 from fednano.runs.atomic import read_json, write_json
 
@@ -185,10 +185,4 @@ def read_status(state: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     status: dict[str, Any] = read_json(path)
-    try:
-        os.kill(int(status["pid"]), 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass  # it runs, as another user
-    return status
+    return status if alive(int(status["pid"])) else None

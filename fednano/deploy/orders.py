@@ -10,14 +10,14 @@ first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fednano.deploy.ends import error_of, how_it_ended
 from fednano.deploy.jobs import Listed, listed, settings_for, workable
-from fednano.deploy.node import run_app
+from fednano.deploy.node import require_up, run_app
 from fednano.deploy.order import JOBS, RUN, Order, new_id
 from fednano.deploy.supervise import alive
 from fednano.errors import ConfigError, FednanoError, RunError
@@ -127,6 +127,19 @@ class Orders:
             if order.id == identity:
                 return order
         raise RunError(f"there is no order {identity!r} in {self.folder}.")
+
+    def followed(self, order: Order) -> Iterator[Order]:
+        """An order as it stands, each second until it has ended, that one included.
+
+        Raises:
+            ConfigError: no server is up that could carry it out; the order is kept.
+        """
+        for _ in require_up(self.place.root):
+            if order.state not in _OPEN:
+                return
+            time.sleep(1)
+            order = self.get(order.id)
+            yield order
 
     def current(self, away: Collection[str] = (), known: list[Order] | None = None) -> Order | None:
         """The one that is running, else the oldest that can start now.
