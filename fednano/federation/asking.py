@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from fednano.aggregation import Refusal, Rule, Spec, Update, freshen, validate
 from fednano.federation.config import RunConfig, Scalar
-from fednano.federation.exchange import Delivery, Outstanding, exchange
+from fednano.federation.exchange import Again, Delivery, Outstanding, exchange
 from fednano.federation.faults import parse_faults
 from fednano.federation.messages import Instruction, record_bytes
 from fednano.federation.misbehaviour import assign
@@ -110,6 +110,9 @@ def ask(
 ) -> Generator[Delivery]:
     """Send training requests and yield what comes back as it comes, counting bytes both ways.
 
+    A client whose node or process dies meanwhile is asked again when it is back (`Again`): the same request of the same
+    round, which it carries out from the state that it had before the round.
+
     Args:
         fed: the federation.
         phase: the phase.
@@ -118,14 +121,23 @@ def ask(
         wire: counts.
         outstanding: requests of earlier rounds whose replies are taken, too; and where this round's are left.
     """
-    requests: dict[str, tuple[int, RecordDict]] = {}
     shared: dict[int, ArrayRecord] = {}
-    for client, instruction in instructions.items():
-        content = instruction.to_records(shared)
-        requests[client] = (fed.nodes[client], content)
+
+    def request(client: str) -> RecordDict:
+        content = instructions[client].to_records(shared)
         wire.requests += 1
         parts = {name: content[name] for name in ("leaves", "extra") if name in content}
         wire.adapter_down += record_bytes(RecordDict(parts))
+        return content
+
+    def tell(client: str, why: str) -> None:
+        text = f"{phase}, round {number}, {client}: {why}; asked again."
+        fed.view.message(text, "warning")
+        fed.folder.append_event("warning", text)
+        told = {"run": fed.folder.id, "phase": phase, "round": number, "site": client}
+        fed.auditor.record("asked again", **told, reason=why)
+
+    requests = {client: (fed.nodes[client], request(client)) for client in instructions}
     deliveries = exchange(
         fed.grid,
         requests,
@@ -135,7 +147,9 @@ def ask(
         stop=fed.stop,
         number=number,
         outstanding=outstanding,
+        again=Again(request, fed.config.rejoin_timeout, tell),
     )
+    del requests
     try:
         for delivery in deliveries:
             if delivery.reply.leaves is not None:

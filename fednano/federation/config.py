@@ -150,6 +150,10 @@ class RunConfig:
         "'stale:1', 'foreign:1', 'vanish:0.3'; several with commas",
     )
     round_timeout: float = _setting(600.0, "seconds to wait for the updates of a round")
+    rejoin_timeout: float = _setting(
+        120.0,
+        "seconds of them to wait for a client that is lost in mid-round to come back and be asked again; 0 = go on",
+    )
     join_timeout: float = _setting(
         300.0, "seconds to wait for the clients to appear and to load their models"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fednano.errors import FednanoError, Interrupted, UpdateRefused
@@ -87,10 +88,10 @@ class EnrolledGrid(PassingGrid):
         super().__init__(inner)
         self._place, self._run = place, run
 
-    def get_node_ids(self) -> Iterable[int]:
-        """Node ids of the enrolled sites that are connected."""
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Nodes of the enrolled sites that are connected."""
         known = self._sites()
-        return [node for node in self._inner.get_node_ids() if node in known]
+        return [node for node in self._inner.get_nodes() if node.node_id in known]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, each with a token for its site."""

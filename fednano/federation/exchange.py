@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
@@ -12,13 +12,15 @@ from flwr.serverapp import Grid
 
 from fednano.errors import Interrupted, RunError, UpdateRefused
 from fednano.federation.messages import Failure, Reply, record_bytes
+from fednano.federation.returning import Roll, connected, is_lost, reason_of
 
-__all__ = ["Delivery", "Outstanding", "Stop", "exchange", "wait_for_nodes"]
+__all__ = ["Again", "Delivery", "Outstanding", "Stop", "exchange", "wait_for_nodes"]
 
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 0.5
 _POLL_SHARE = 0.04  # of the time waited so far: a SuperLink is asked seldom for what takes long
 _DRAIN_SECONDS = 20.0
 _TTL_MARGIN = 60.0
+_LOOK_SECONDS = 2.0  # between two looks at who is connected
 
 
 class Stop:
@@ -55,6 +57,7 @@ class Delivery:
         leaves_bytes: the part of it that is the adapter update, Fisher included.
         seconds: from sending to receiving.
         asked: the round of the request.
+        repeats: how often the client was asked again, after it was lost.
     """
 
     client: str
@@ -63,39 +66,55 @@ class Delivery:
     leaves_bytes: int
     seconds: float
     asked: int = 0
+    repeats: int = 0
+
+
+@dataclass(frozen=True)
+class Again:
+    """How clients that are lost in the middle of an exchange are asked again when they come back.
+
+    Attributes:
+        request: makes a client's request anew.
+        patience: seconds for which a lost client is waited for. One that was not connected when it was asked is not;
+            nor is anybody with 0. Who comes back while the exchange waits for others is asked again all the same.
+        tell: is told which client is asked again, and why.
+    """
+
+    request: Callable[[str], RecordDict]
+    patience: float
+    tell: Callable[[str, str], None] = lambda client, why: None
 
 
 class Outstanding:
     """Requests of earlier rounds that nobody has answered yet; their replies are late."""
 
     def __init__(self) -> None:
-        self.requests: dict[str, tuple[int, float]] = {}
-        """Message id to round and time of sending."""
-        self.names: dict[int, str] = {}
-        """Node id to client, of all that were asked."""
+        self.requests: dict[str, tuple[str, int, float]] = {}
+        """Message id to client, round and time of sending."""
         self._clients: dict[str, tuple[int, float]] = {}  # name to round and time of expiry
 
     def holds(self, number: int) -> bool:
         """Whether a request of a round is still open."""
-        return any(asked == number for asked, _ in self.requests.values())
+        return any(asked == number for _, asked, _ in self.requests.values())
 
     def busy(self, client: str) -> bool:
         """Whether a client still works on a request that has not expired."""
         return client in self._clients and time.monotonic() < self._clients[client][1]
 
     def leave(
-        self, messages: Iterable[str], clients: Iterable[str], number: int, sent: float, ttl: float
+        self, messages: Mapping[str, str], clients: Collection[str], number: int, sent: float, ttl: float
     ) -> None:
-        """Keep what a round did not wait for."""
-        self.requests |= dict.fromkeys(messages, (number, sent))
+        """Keep what a round did not wait for: message id to client, and the clients that may be at work."""
+        self.requests |= {message: (client, number, sent) for message, client in messages.items()}
         self._clients |= dict.fromkeys(clients, (number, sent + ttl))
 
-    def take(self, message: str, client: str) -> tuple[int, float]:
-        """Round and time of sending of an answered request, which is open no longer."""
-        number, sent = self.requests.pop(message)
+    def take(self, message: str) -> tuple[str, int, float]:
+        """Client, round and time of sending of an answered request. No request of that client and round is open now."""
+        client, number, sent = self.requests[message]
+        self.requests = {k: v for k, v in self.requests.items() if v[:2] != (client, number)}
         if self._clients.get(client, (0, 0.0))[0] == number:
             del self._clients[client]
-        return number, sent
+        return client, number, sent
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float, stop: Stop) -> list[int]:
@@ -130,8 +149,9 @@ def exchange(
     check_names: bool = True,
     number: int = 0,
     outstanding: Outstanding | None = None,
+    again: Again | None = None,
 ) -> Generator[Delivery]:
-    """Send one request to each client and yield what comes back, in order of arrival.
+    """Send one request to each client and yield what comes back, in order of arrival, at most once for each client.
 
     With ``outstanding``, late replies to earlier requests are yielded, too, and requests that are unanswered at the
     deadline or when the caller closes the generator are left there.
@@ -146,57 +166,98 @@ def exchange(
         check_names: refuse a reply that carries another client's name.
         number: the round, for `Delivery.asked`.
         outstanding: open requests of earlier rounds.
+        again: how clients that are lost meanwhile are asked again; without it, each of them is a failure at once.
 
     Raises:
         Interrupted: the run was asked to end.
     """
-    started = time.monotonic()
-    clients: dict[int, str] = {}
-    messages = []
-    for client, (node, content) in sorted(requests.items()):
-        clients[node] = client
-        messages.append(
-            Message(
-                content,
-                dst_node_id=node,
-                message_type=message_type,
-                ttl=timeout + _TTL_MARGIN,
-                group_id=group,
-            )
-        )
-    pending = set(grid.push_messages(messages))
-    del messages, requests  # a thousand clients' requests need not outlive their sending
-    unanswered, late = dict(clients), outstanding or Outstanding()
-    newest = started
+    started, late = time.monotonic(), outstanding or Outstanding()
+    nodes = {client: node for client, (node, _) in requests.items()}
+    roll = Roll(nodes, connected(grid) if again else {}, again.patience if again else 0.0)
+    outbox = _Outbox(grid, nodes, message_type, group, started + timeout + _TTL_MARGIN, roll)
+    outbox.send({client: content for client, (_, content) in requests.items()})
+    del requests  # a thousand clients' requests need not outlive their sending
+    newest, look_at = started, started + _LOOK_SECONDS
     try:
-        while pending:
-            arrived = list(grid.pull_messages(pending | set(late.requests)))
+        while roll.waits(time.monotonic()):
+            wanted = roll.open | set(late.requests)
+            arrived = list(grid.pull_messages(wanted)) if wanted else []
             newest = time.monotonic() if arrived else newest
             for message in arrived:
-                request, node = message.metadata.reply_to_message_id, message.metadata.src_node_id
+                request = message.metadata.reply_to_message_id
+                client = roll.client(request)
                 if request in late.requests:
-                    client = late.names.get(node, str(node))
-                    asked, sent = late.take(request, client)
-                    yield _open(client, message, time.monotonic() - sent, check_names, asked)
-                    continue
-                pending.discard(request)
-                if node in unanswered:
-                    client = unanswered.pop(node)
-                    yield _open(client, message, time.monotonic() - started, check_names, number)
-            if not pending or time.monotonic() - started > timeout:
+                    name, asked, sent = late.take(request)
+                    yield _open(name, message, time.monotonic() - sent, check_names, asked)
+                elif client and again and is_lost(message):
+                    roll.lose(request, reason_of(message), newest)
+                    look_at = newest
+                elif client:  # else it has answered another request
+                    repeats = roll.answered(client)
+                    yield _open(client, message, time.monotonic() - started, check_names, number, repeats)
+            now = time.monotonic()
+            if now - started > timeout:
                 break
+            if again and now >= look_at:
+                outbox.repeat(again, now)
+                look_at = now + _LOOK_SECONDS
             pause = _POLL_SHARE * (time.monotonic() - newest)
             pause = min(max(pause, _POLL_SECONDS), _LONGEST_POLL_SECONDS)
+            if not roll.waits(now):
+                break
             if (not arrived and stop.wait(pause)) or stop.requested:
-                _drain(grid, pending)
+                _drain(grid, roll.open)
                 raise Interrupted(stop.reason)
     finally:
-        late.names |= clients
-        late.leave(pending, unanswered.values(), number, started, timeout + _TTL_MARGIN)
-    for client in sorted(unanswered.values()):
-        reason = f"no reply within {timeout:g} s (round-timeout)"
-        failed = _failed(client, "Timeout", reason)
-        yield Delivery(client, failed, 0, 0, time.monotonic() - started, number)
+        late.leave(roll.names, roll.busy(), number, started, timeout + _TTL_MARGIN)
+    yield from _missing(roll, timeout, time.monotonic() - started, number)
+
+
+@dataclass(frozen=True)
+class _Outbox:
+    """Sends the requests of one exchange; what is sent is in its roll."""
+
+    grid: Grid
+    nodes: Mapping[str, int]
+    message_type: str
+    group: str
+    expires: float
+    roll: Roll
+
+    def send(self, contents: Mapping[str, RecordDict]) -> None:
+        """One request to each client."""
+        now = time.monotonic()
+        messages = {
+            client: Message(
+                content, self.nodes[client], self.message_type, ttl=self.expires - now, group_id=self.group
+            )
+            for client, content in sorted(contents.items())
+        }
+        taken = set(self.grid.push_messages(list(messages.values())))
+        for client, message in messages.items():
+            if message.metadata.message_id in taken:
+                self.roll.sent(client, message.metadata.message_id)
+            else:
+                self.roll.not_sent(client, now)
+
+    def repeat(self, again: Again, now: float) -> None:
+        """Ask those again that were lost and are back."""
+        back = self.roll.returned(connected(self.grid), now)
+        for client, why in back.items():
+            again.tell(client, why)
+        if back:
+            self.send({client: again.request(client) for client in back})
+
+
+def _missing(roll: Roll, timeout: float, seconds: float, number: int) -> Generator[Delivery]:
+    """A failure for each client that has not answered."""
+    for client, (why, repeats) in sorted(roll.missing().items()):
+        kind, reason = "Timeout", f"no reply within {timeout:g} s (round-timeout)"
+        if why:
+            kind, reason = "NodeLost", f"{why}, and it was not back in time (rejoin-timeout)"
+        if repeats:
+            reason += f"; it was asked {repeats + 1} times"
+        yield Delivery(client, _failed(client, kind, reason), 0, 0, seconds, number, repeats)
 
 
 def _drain(grid: Grid, pending: set[str]) -> None:
@@ -208,10 +269,12 @@ def _drain(grid: Grid, pending: set[str]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _open(client: str, message: Message, seconds: float, check_name: bool, asked: int) -> Delivery:
+def _open(
+    client: str, message: Message, seconds: float, check_name: bool, asked: int, repeats: int = 0
+) -> Delivery:
     if message.has_error():
-        reason = (message.error.reason or f"error code {message.error.code}").strip()
-        return Delivery(client, _failed(client, "ClientCrashed", reason), 0, 0, seconds, asked)
+        kind = "NodeLost" if is_lost(message) else "ClientCrashed"
+        return Delivery(client, _failed(client, kind, reason_of(message)), 0, 0, seconds, asked, repeats)
     size = record_bytes(message.content)
     arrays = [name for name in ("leaves", "fisher") if name in message.content]
     leaves = sum(record_bytes(RecordDict({name: message.content[name]})) for name in arrays)
@@ -221,7 +284,7 @@ def _open(client: str, message: Message, seconds: float, check_name: bool, asked
             raise UpdateRefused(f"the node of {client} answered in the name of {reply.client}.")
     except UpdateRefused as error:
         reply = _failed(client, "UpdateRefused", str(error))
-    return Delivery(client, reply, size, leaves, seconds, asked)
+    return Delivery(client, reply, size, leaves, seconds, asked, repeats)
 
 
 def _failed(client: str, kind: str, message: str) -> Reply:

@@ -67,10 +67,6 @@ class ForgettingGrid(PassingGrid):
         self._sites, self._simulated = {node: name for name, node in sites.items()}, simulated
         return [name for name, node in sites.items() if self._due(node).sets]
 
-    def get_node_ids(self) -> Iterable[int]:
-        """Node ids of all clients."""
-        return self._inner.get_node_ids()
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, with their clients' tombstones."""
         return self._inner.push_messages([self._told(message) for message in messages])

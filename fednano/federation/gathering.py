@@ -23,7 +23,7 @@ from torch import Tensor
 from fednano.adapters import Dense, combine_gradients
 from fednano.errors import RunError
 from fednano.federation.config import RunConfig
-from fednano.federation.exchange import Delivery, Stop, exchange
+from fednano.federation.exchange import Again, Delivery, Stop, exchange
 from fednano.federation.messages import HostTicket, Instruction
 from fednano.federation.model import put_adapters
 from fednano.models.edge import EdgePart, NanoEdge
@@ -208,6 +208,7 @@ class _Asking:
             group=what,
             timeout=self.config.round_timeout,
             stop=self.stop,
+            again=Again(lambda _: record.to_records(), self.config.rejoin_timeout),
         ):
             if delivery.reply.failure is not None:
                 raise RunError(

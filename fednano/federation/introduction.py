@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from fednano.errors import RunError
 from fednano.federation.config import RunConfig
-from fednano.federation.exchange import Stop, exchange
+from fednano.federation.exchange import Again, Stop, exchange
 from fednano.federation.forgetting import ForgettingGrid
 from fednano.federation.messages import HostTicket, Instruction, Reply
 from fednano.federation.phase import Leaves
@@ -57,6 +57,7 @@ def introduce(
         timeout=config.join_timeout,
         stop=stop,
         check_names=False,
+        again=Again(lambda _: hello.to_records(), config.join_timeout),
     )
     for delivery in deliveries:
         reply = delivery.reply

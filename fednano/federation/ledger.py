@@ -50,6 +50,8 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
     }
     if delivery.asked != number:
         record["trained_for"] = delivery.asked
+    if delivery.repeats:
+        record["asked_again"] = delivery.repeats
     if reason is None:
         # Neither is there under secure aggregation, no loss where samples are private.
         record |= {name: metrics[name] for name in ("loss", "epsilon") if name in metrics}

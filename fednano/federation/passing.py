@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -38,3 +41,11 @@ class PassingGrid(Grid):
     ) -> Message:
         """A new message."""
         return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The clients that are connected, and since when."""
+        return self._inner.get_nodes()
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of all clients."""
+        return [node.node_id for node in self.get_nodes()]

@@ -49,6 +49,7 @@ _NON_NEGATIVE = (
     "staleness",
     "max_norm",
     "dp_epsilon",
+    "rejoin_timeout",
 )
 _CHOICES = {
     "partition": ("dirichlet", "iid", "column", "folders", "linear", "square", "exponential"),

@@ -114,9 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fednano.federation.warm")
     parser.add_argument("--socket", type=Path, required=True)
     options = parser.parse_args(argv)
+    from fednano.federation.kept import keeping
     from fednano.federation.tasks import carry_out
 
-    serve(options.socket, carry_out)
+    serve(options.socket, keeping(carry_out))
 
 
 def _process_start() -> float:

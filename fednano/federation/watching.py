@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from fednano.aggregation import Rule
 from fednano.errors import RunError
 from fednano.federation.asking import instruct
-from fednano.federation.exchange import exchange
+from fednano.federation.exchange import Again, exchange
 from fednano.federation.phase import Federation, PhaseResult
 from fednano.runs import RunFolder
 
@@ -131,10 +131,8 @@ def judge_on_clients(
         Accuracy and number of samples of each client that could.
     """
     shared: dict[int, ArrayRecord] = {}
-    asked = {
-        name: (fed.nodes[name], instruction.to_records(shared))
-        for name, instruction in instruct(fed, phase, rule, number, result, list(fed.nodes)).items()
-    }
+    told = instruct(fed, phase, rule, number, result, list(fed.nodes))
+    asked = {name: (fed.nodes[name], told[name].to_records(shared)) for name in told}
     deliveries = exchange(
         fed.grid,
         asked,
@@ -142,6 +140,7 @@ def judge_on_clients(
         group="evaluate" if final else f"evaluate-{phase}-{number}",
         timeout=fed.config.round_timeout,
         stop=fed.stop,
+        again=Again(lambda name: told[name].to_records(), fed.config.rejoin_timeout),
     )
     scores = []
     for delivery in sorted(deliveries, key=lambda delivery: delivery.client):

@@ -64,7 +64,8 @@ _PASSING = frozenset(
     {
         *("rounds", "samples", "batch-size", "optimizer", "learning-rate", "weight-decay", "proximal-mu"),
         *("clip-norm", "rule", "rule-options", "fisher-samples", "fraction", "min-replies", "max-abs"),
-        *("round-timeout", "evaluate-every", "evaluate-samples", "final-samples", "max-new-tokens", "codec"),
+        *("round-timeout", "rejoin-timeout", "evaluate-every", "evaluate-samples", "final-samples"),
+        *("max-new-tokens", "codec"),
         *(
             "codec-options",
             "baselines",

@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fednano.errors import RunError
+from fednano.errors import FednanoError, RunError
+from fednano.federation.config import RunConfig
+from fednano.federation.kept import keeping
+from fednano.federation.messages import HostTicket, Instruction, Reply, tombstone_record
 from fednano.federation.warm import forward, serve
+from fednano.runs.tombstones import Tombstones
 
 
 @contextlib.contextmanager
@@ -112,3 +118,49 @@ def test_passing_a_message_on_loads_no_torch() -> None:
     code = "import sys, fednano.federation.apps, fednano.federation.warm; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def request(**changes: Any) -> RecordDict:
+    """A request to train, as it arrives; ``token`` is the host's."""
+    ticket = HostTicket("host:1", changes.pop("token", b"first"))
+    given: dict[str, Any] = {"round": 2, "accepted": 1, "leaves": {"text.A": torch.ones(2, 3)}} | changes
+    instruction = Instruction(RunConfig(), "federated", ticket=ticket, pool=False, advice={}, **given)
+    return recorddict_from_proto(recorddict_to_proto(instruction.to_records()))
+
+
+def test_a_request_that_comes_again_is_answered_by_the_same_answer() -> None:
+    trained: list[int] = []
+
+    def perform(task: str, content: RecordDict, node: dict[str, Any], began: float) -> RecordDict:
+        asked = Instruction.from_records(content)
+        trained.append(asked.round)
+        if asked.round == 9:
+            return Reply.failed("site-a", 9, FednanoError("out of memory")).to_records()
+        return Reply("site-a", asked.round, {"samples": len(trained)}, {}, asked.leaves).to_records()
+
+    answer, site = keeping(perform), {"site": "site-a"}
+    first = answer("train", request(), site, 0.0)
+    assert answer("train", request(token=b"fresh"), site, 1.0) is first
+    assert trained == [2]
+    others: list[dict[str, Any]] = [
+        {"round": 3},
+        {"accepted": 0},
+        {"leaves": {"text.A": torch.zeros(2, 3)}},
+        {"run": "another"},
+        {"secure": {"stage": "masked", "session": b"s"}},
+    ]
+    for changes in others:
+        assert answer("train", request(**changes), site, 0.0) is not first
+    forgetful = request()
+    forgetful["tombstones"] = tombstone_record(Tombstones())
+    assert answer("train", forgetful, site, 0.0) is not first
+    assert answer("train", request(), {"site": "site-b"}, 0.0) is not first
+    assert len(trained) == 8
+    answer("train", request(), site, 0.0)  # only the last is kept
+    assert len(trained) == 9
+    for _ in range(2):
+        answer("train", request(round=9), site, 0.0)
+    assert trained[-2:] == [9, 9]  # an error is not
+    for _ in range(2):
+        answer("evaluate", request(), site, 0.0)
+    assert len(trained) == 13

@@ -120,6 +120,12 @@ def rounds(sandbox: Sandbox) -> int:
     return len(list((runs[-1] / "checkpoints").glob("round-*"))) if runs else 0
 
 
+def is_asked(sandbox: Sandbox, site: str, number: int) -> bool:
+    """Whether a site's SuperNode has been given a round's request."""
+    log = sandbox.folder / site / "state" / "supernode.log"
+    return log.exists() and f"federated-{number}]" in log.read_text(errors="replace")
+
+
 def simulated(folder: Path, settings: dict[str, Any], *, clients: int) -> dict[str, Any]:
     """The adapter of a simulation whose clients are the same sites, without a host."""
     from safetensors.torch import load_file

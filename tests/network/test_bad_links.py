@@ -12,7 +12,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from institutions import SERVER, is_up, make_data, pid_of, provision, rounds, run_folders, simulated
+from institutions import (
+    SERVER,
+    is_asked,
+    is_up,
+    make_data,
+    pid_of,
+    provision,
+    rounds,
+    run_folders,
+    simulated,
+)
 from namespaces import NEEDED, Namespace, available
 from processes import Sandbox
 from safetensors.torch import load_file
@@ -72,7 +82,7 @@ def test_a_link_is_cut_for_half_a_minute_and_another_is_slow(
     running = sandbox.start("fednano", "run", "--json", *words, name="order")
 
     wait_for(lambda: rounds(sandbox) >= 1, 600, "round 1")
-    wait_for(lambda: _asked(sandbox, 2), 60, "the requests of round 2")
+    wait_for(lambda: is_asked(sandbox, CUT, 2), 60, "the requests of round 2")
     lines[CUT].cut()
     time.sleep(CUT_S)
     assert rounds(sandbox) == 1  # the round waits for the site that cannot be reached
@@ -90,9 +100,3 @@ def test_a_link_is_cut_for_half_a_minute_and_another_is_slow(
         os.kill(process.pid, signal.SIGTERM)
     assert [process.wait(60) for process in (*clients, server)] == [0, 0, 0]
     assert pid_of(sandbox, "host") == 0
-
-
-def _asked(sandbox: Sandbox, number: int) -> bool:
-    """Whether the site whose link is cut works on a round's request."""
-    log = (sandbox.folder / CUT / "state" / "supernode.log").read_text(errors="replace")
-    return f"federated-{number}]" in log

@@ -13,6 +13,7 @@ from institutions import (
     SERVER,
     SITES,
     app_pid,
+    is_asked,
     is_up,
     kill,
     make_data,
@@ -44,7 +45,7 @@ SMALL = {
     "rule": "fisher",
     "fisher-samples": 8,
 }
-OWNER = SITES[1]
+OWNER, LOST = SITES[1:]
 PLAN = ("--rounds", "4", "--steps", "8", "--rank", "8", "--utility-floor", "0.01")
 GONE = "".join(f"named/{number}\n" for number in (0, 1))
 Wait = Callable[[Callable[[], bool], float, str], None]
@@ -76,6 +77,9 @@ def test_three_institutions_tune_what_the_simulation_tunes_and_forget_though_par
     for done, name, place in ((1, "host", SERVER), (1, "worker", SITES[0]), (2, "superlink", SERVER)):
         wait_for(lambda done=done: rounds(sandbox) >= done, 900, f"round {done}")
         kill(pid_of(sandbox, name, place))
+        if name == "worker":  # and a SuperNode, with the request of that round
+            wait_for(lambda: is_asked(sandbox, LOST, 2), 120, "the request of round 2")
+            kill(pid_of(sandbox, "supernode", LOST))
     assert running.wait(1200) == 0, sandbox.logs()
 
     told = json.loads((sandbox.folder / "order.log").read_text())
@@ -132,6 +136,11 @@ def test_three_institutions_tune_what_the_simulation_tunes_and_forget_though_par
     kinds = [event["kind"] for event in events]
     accepted = [e["details"] for e in events if e["kind"] == "update accepted"]
     assert {(each["site"], each["round"]) for each in accepted} >= {(s, r) for s in SITES for r in (1, 2, 3)}
+    again = [e["details"] for e in events if e["kind"] == "asked again"]
+    assert (LOST, 2) in {(each["site"], each["round"]) for each in again}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    second = [r for r in records if r.get("client") == LOST and r["round"] == 2 and r["phase"] == "federated"]
+    assert [(r["asked_again"], "refused" in r) for r in second] == [(1, False)]
     assert {"joined", "token", "run started", "run resumed", "run finished"} <= set(kinds)
     assert kinds.count("jobs started") == 2
     (outcome,) = [event["details"] for event in events if event["kind"] == "job"]

@@ -37,7 +37,7 @@ from fednano.unlearning.workspace import Probe, utility_of
 
 __all__ = ["LiveParties", "LiveScope"]
 
-_AWAY = frozenset({"Timeout", "ClientCrashed", "HostUnavailable"})
+_AWAY = frozenset({"Timeout", "ClientCrashed", "NodeLost", "HostUnavailable"})
 
 
 @dataclass(frozen=True)
