@@ -196,15 +196,13 @@ def exchange(
                     repeats = roll.answered(client)
                     yield _open(client, message, time.monotonic() - started, check_names, number, repeats)
             now = time.monotonic()
-            if now - started > timeout:
-                break
-            if again and now >= look_at:
+            if again and look_at <= now <= started + timeout:
                 outbox.repeat(again, now)
                 look_at = now + _LOOK_SECONDS
+            if now - started > timeout or not roll.waits(now):
+                break
             pause = _POLL_SHARE * (time.monotonic() - newest)
             pause = min(max(pause, _POLL_SECONDS), _LONGEST_POLL_SECONDS)
-            if not roll.waits(now):
-                break
             if (not arrived and stop.wait(pause)) or stop.requested:
                 _drain(grid, roll.open)
                 raise Interrupted(stop.reason)

@@ -17,7 +17,9 @@ from fednano.errors import ConfigError
 from fednano.federation import exchange
 from fednano.federation.apps import client_app
 from fednano.federation.config import RunConfig
+from fednano.federation.forgetting import ForgettingGrid
 from fednano.federation.inprocess import InProcessGrid
+from fednano.federation.introduction import introduce
 from fednano.federation.messages import Instruction
 from fednano.federation.returning import MOST_REPEATS, Roll
 from fednano.federation.rounds import Federation, PhaseResult
@@ -36,10 +38,14 @@ class LosingGrid(InProcessGrid):
         number: the round.
         times: how often.
         away: how often somebody looks before the node is back.
+        what: Flower's type of the message that it is lost with.
     """
 
-    def __init__(self, clients: int, how: str, number: int = 2, times: int = 1, away: int = 2) -> None:
+    def __init__(
+        self, clients: int, how: str, number: int = 2, times: int = 1, away: int = 2, what: str = "train"
+    ) -> None:
         super().__init__(client_app, clients)
+        self._what = what
         self._how, self._number, self._times, self._away = how, number, times, away
         self._lives, self._looks = 0, 0
         self._lost: set[str] = set()
@@ -71,7 +77,7 @@ class LosingGrid(InProcessGrid):
     def _handle(self, message: Message) -> Message:
         asked = Instruction.from_records(message.content)
         reply = super()._handle(message)
-        about = message.metadata.message_type == "train" and message.metadata.dst_node_id == NODE
+        about = message.metadata.message_type == self._what and message.metadata.dst_node_id == NODE
         if not about or asked.round != self._number:
             return reply
         self.asked += 1
@@ -152,6 +158,25 @@ def test_what_kills_a_client_each_time_is_given_up(laboratory: Any) -> None:
         f"its process died, and it was not back in time (rejoin-timeout); it was asked {1 + MOST_REPEATS} times"
         in (refused["refused"])
     )
+
+
+def test_introductions_and_evaluations_are_repeated_too(laboratory: Any) -> None:
+    grid = LosingGrid(3, "told", number=0, what="query.hello")
+    fed = laboratory.federation(grid)
+    try:
+        start = {"edge": laboratory.edge, "stop": fed.stop, "start": laboratory.start}
+        clients = introduce(ForgettingGrid(grid, fed.folder.path), [1, 2, 3], fed.config, **start)
+    finally:
+        grid.close()
+    assert grid.asked == 2
+    assert {name: client.node for name, client in clients.items()} == {
+        f"client-{n:03d}": n + 1 for n in range(3)
+    }
+    grid = LosingGrid(3, "unnoticed", number=1, what="evaluate")
+    fed, _ = run_on(grid, laboratory, rounds=1, evaluate_clients_every=1)
+    assert grid.asked == 2
+    judged = [row["client"] for row in fed.folder.metrics() if "accuracy" in row and row["scope"] == "client"]
+    assert sorted(judged) == [f"client-{n:03d}" for n in range(3)]
 
 
 def test_patience_is_for_those_that_were_there() -> None:
