@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 
@@ -91,6 +92,8 @@ class Outstanding:
     def __init__(self) -> None:
         self.requests: dict[str, tuple[str, int, float]] = {}
         """Message id to client, round and time of sending."""
+        self.arrived: deque[Message] = deque()
+        """Replies that had come when a round was over with the one before them. Flower gives each out once."""
         self._clients: dict[str, tuple[int, float]] = {}  # name to round and time of expiry
 
     def holds(self, number: int) -> bool:
@@ -181,9 +184,11 @@ def exchange(
     try:
         while roll.waits(time.monotonic()):
             wanted = roll.open | set(late.requests)
-            arrived = list(grid.pull_messages(wanted)) if wanted else []
+            late.arrived.extend(grid.pull_messages(wanted) if wanted else ())
+            arrived = bool(late.arrived)
             newest = time.monotonic() if arrived else newest
-            for message in arrived:
+            while late.arrived:
+                message = late.arrived.popleft()
                 request = message.metadata.reply_to_message_id
                 client = roll.client(request)
                 if request in late.requests:
@@ -207,7 +212,8 @@ def exchange(
                 _drain(grid, roll.open)
                 raise Interrupted(stop.reason)
     finally:
-        late.leave(roll.names, roll.busy(), number, started, timeout + _TTL_MARGIN)
+        done = {roll.client(message.metadata.reply_to_message_id) for message in late.arrived}
+        late.leave(roll.names, roll.busy() - done, number, started, timeout + _TTL_MARGIN)
     yield from _missing(roll, timeout, time.monotonic() - started, number)
 
 

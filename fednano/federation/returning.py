@@ -11,7 +11,7 @@ the first is dead or was only cut off. The first answer to any of them counts; t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -156,7 +156,7 @@ class Roll:
         """Who has not answered: why it is lost, empty where nothing is known, and how often it was asked again."""
         return {name: (known.why, known.repeats) for name, known in self._clients.items()}
 
-    def busy(self) -> Collection[str]:
+    def busy(self) -> set[str]:
         """Clients that may still be at work."""
         return {name for name, known in self._clients.items() if known.open}
 

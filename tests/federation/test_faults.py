@@ -219,6 +219,26 @@ def test_over_selection_goes_on_with_the_first_and_drops_the_late(laboratory: An
     assert result.accepted.get(BAD) is None
 
 
+class BunchingGrid(InProcessGrid):
+    """Gives out replies together, when all have come."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ready = all(self._running[key].done() for key in set(message_ids) & set(self._running))
+        return list(super().pull_messages(message_ids)) if ready else []
+
+
+@pytest.mark.parametrize("late", ["drop", "buffer"])
+def test_who_comes_together_with_the_last_that_was_needed_is_late(laboratory: Any, late: str) -> None:
+    """Flower gives a reply out once: what was pulled when enough had come must not be lost."""
+    fed, _ = run_on(BunchingGrid(client_app, 3), laboratory, fraction=0.67, over_select=0.5, late=late)
+    rows = [row for row in fed.folder.metrics() if row["scope"] == "client"]
+    first = {row["client"] for row in rows if row["round"] == 1}
+    ((left, refused),) = [(row["client"], "refused" in row) for row in rows if row.get("trained_for") == 1]
+    assert first | {left} == {"client-000", BAD, "client-002"}
+    assert left not in first
+    assert refused == (late == "drop")
+
+
 def test_a_buffered_update_counts_by_its_age(laboratory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """FedBuff: the late change lands on the current adapter with the weight (1 + age) ** -exponent."""
     replies: list[Reply] = []

@@ -39,13 +39,21 @@ class LosingGrid(InProcessGrid):
         times: how often.
         away: how often somebody looks before the node is back.
         what: Flower's type of the message that it is lost with.
+        early: it is lost before it does anything, instead.
     """
 
     def __init__(
-        self, clients: int, how: str, number: int = 2, times: int = 1, away: int = 2, what: str = "train"
+        self,
+        clients: int,
+        how: str,
+        number: int = 2,
+        times: int = 1,
+        away: int = 2,
+        what: str = "train",
+        early: bool = False,
     ) -> None:
         super().__init__(client_app, clients)
-        self._what = what
+        self._what, self._early = what, early
         self._how, self._number, self._times, self._away = how, number, times, away
         self._lives, self._looks = 0, 0
         self._lost: set[str] = set()
@@ -76,12 +84,11 @@ class LosingGrid(InProcessGrid):
 
     def _handle(self, message: Message) -> Message:
         asked = Instruction.from_records(message.content)
-        reply = super()._handle(message)
         about = message.metadata.message_type == self._what and message.metadata.dst_node_id == NODE
-        if not about or asked.round != self._number:
-            return reply
-        self.asked += 1
-        if not self._how or self.asked > self._times:
+        self.asked += about and asked.round == self._number
+        lost = about and asked.round == self._number and self._how and self.asked <= self._times
+        reply = message if lost and self._early else super()._handle(message)
+        if not lost:
             return reply
         if self._how == "crashed":
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=message)
@@ -177,6 +184,31 @@ def test_introductions_and_evaluations_are_repeated_too(laboratory: Any) -> None
     assert grid.asked == 2
     judged = [row["client"] for row in fed.folder.metrics() if "accuracy" in row and row["scope"] == "client"]
     assert sorted(judged) == [f"client-{n:03d}" for n in range(3)]
+
+
+def test_under_secure_aggregation_a_client_answers_once(laboratory: Any) -> None:
+    """Lost before it had masked its update, it is merged; lost after, it drops out rather than to mask another one."""
+    secure = {"secure_aggregation": True, "rounds": 2}
+    _, expected = run_on(LosingGrid(3, ""), laboratory, **secure)
+    fed, result = run_on(LosingGrid(3, "told", early=True), laboratory, **secure)
+    assert result.accepted == dict.fromkeys((f"client-{n:03d}" for n in range(3)), 2)
+    assert all(torch.equal(leaf, expected.leaves[name]) for name, leaf in result.leaves.items())
+    fed, result = run_on(LosingGrid(3, "told"), laboratory, **secure)
+    assert result.accepted == {"client-000": 2, VICTIM: 1, "client-002": 2}
+    (refused,) = [row for row in fed.folder.metrics() if "refused" in row]
+    assert (refused["client"], refused["asked_again"]) == (VICTIM, 1)
+    assert "after 3 of its answers" in refused["refused"]
+
+
+def test_an_answer_to_either_request_closes_both() -> None:
+    late = exchange.Outstanding()
+    late.leave({"first": "a", "second": "a", "other": "b"}, ["a", "b"], 1, 0.0, 1e9)
+    late.leave({"next": "a"}, [], 2, 0.0, 1e9)
+    assert late.busy("a")
+    assert late.take("second") == ("a", 1, 0.0)
+    assert set(late.requests) == {"other", "next"}
+    assert not late.busy("a")
+    assert late.busy("b")
 
 
 def test_patience_is_for_those_that_were_there() -> None:
