@@ -22,12 +22,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fednano.aggregation.fixedpoint import FixedSum, Grid, add_weighted
+from fednano.aggregation.fixedpoint import FixedSum, Grid
 from fednano.aggregation.mean import require_resolution
 from fednano.aggregation.reduce import nonnegative_sum
 from fednano.aggregation.rule import Capability, Rule, Scalar, State
 from fednano.aggregation.spec import Spec
 from fednano.aggregation.update import Leaves, Refusal, Update
+from fednano.aggregation.weighted import add_weighted
 from fednano.errors import ConfigError
 
 __all__ = ["FisherMerge", "fisher_means"]

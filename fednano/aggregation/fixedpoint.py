@@ -27,6 +27,7 @@ sum(factors)`` plus one rounding to the leaf's dtype.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -34,16 +35,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fednano.aggregation import native
 from fednano.aggregation.chunks import CHUNK, SCRATCH, U64, zeros
 from fednano.aggregation.update import Refusal
 from fednano.errors import ConfigError
 
-__all__ = ["FixedSum", "Grid", "add_weighted"]
+__all__ = ["MAGIC", "MINUS", "PLUS", "FixedSum", "Grid", "check_values"]
 
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.float64(_MAGIC).view(np.uint64))
-_MAGIC_TENSOR = torch.tensor(_MAGIC, dtype=torch.float64)
+MAGIC = torch.tensor(_MAGIC, dtype=torch.float64)
 _RING = 1 << 64
+_LARGEST = sys.float_info.max
+PLUS, MINUS = np.uint64(0), np.uint64(_RING - 1)
 _PIECE = 16384  # elements read out at a time: their temporaries count in the peak of memory
 
 
@@ -105,10 +109,11 @@ class FixedSum:
         self.grid = grid
         self.shapes = dict(shapes)
         self.count = 0
-        self._ring: dict[str, U64] = {k: zeros(math.prod(s)) for k, s in self.shapes.items()}
+        self.numel = sum(math.prod(s) for s in self.shapes.values())
+        self.ring: dict[str, U64] = {k: zeros(math.prod(s)) for k, s in self.shapes.items()}
         self._pieces: dict[str, list[U64]] = {
             name: [ring[start : start + CHUNK] for start in range(0, ring.size, CHUNK)]
-            for name, ring in self._ring.items()
+            for name, ring in self.ring.items()
         }
 
     def add(self, values: Mapping[str, Tensor], factor: float) -> None:
@@ -122,22 +127,44 @@ class FixedSum:
             Refusal: "capacity" after ``grid.clients`` terms; "schema" when a tensor has another size; "nonfinite" or
                 "norm" when a term exceeds the grid's bound.
         """
-        self._room()
-        flat = self.flat(values)
+        self.require_room()
         limit = self.limit(factor)
         scaled = math.ldexp(factor, -self.grid.exponent)
+        if not self._add_compiled(values, scaled, limit):
+            self._add_by_torch(self.flat(values), scaled, limit)
+        self.count += 1
+
+    def _add_compiled(self, values: Mapping[str, Tensor], scaled: float, limit: float) -> bool:
+        """Add in one pass, if this can be done here and now: see `native`."""
+        if not native.chosen(self.numel):
+            return False
+        work = []
+        for name in self.order():
+            x, ring = native.vector(values[name]), self.ring[name]
+            loop = None if x is None or x.size != ring.size else native.loop_for("add", x)
+            if loop is None:
+                return False
+            work.append((loop, ring, x))
+        for done, (loop, ring, x) in enumerate(work):
+            if not loop(ring, x, scaled, PLUS) <= limit:
+                # Integers: taking off what was added restores the bits. Torch then says what is wrong.
+                for again, restored, y in work[: done + 1]:
+                    again(restored, y, scaled, MINUS)
+                return False
+        return True
+
+    def _add_by_torch(self, flat: Mapping[str, Tensor], scaled: float, limit: float) -> None:
         done: list[str] = []
         for name in self.order():
             x = flat[name]
             try:
                 check_values(x, limit)  # just before it is used, while it is in the cache
             except Refusal:
-                for undo in done:  # integers: taking off what was added restores the bits
+                for undo in done:
                     self._combine(np.subtract, undo, flat[undo], scaled)
                 raise
             self._combine(np.add, name, x, scaled)
             done.append(name)
-        self.count += 1
 
     def remove(self, values: Mapping[str, Tensor], factor: float) -> None:
         """Take off what `add` put in with the same arguments; the bits become what they were."""
@@ -153,7 +180,8 @@ class FixedSum:
             operation(ring, _pattern(x[start : start + size] if size < x.numel() else x, scaled), out=ring)
             start += size
 
-    def _room(self) -> None:
+    def require_room(self) -> None:
+        """Refusal when the grid admits no further term."""
         if self.count >= self.grid.clients:
             raise Refusal(
                 "capacity", f"the accumulators admit {self.grid.clients} updates; raise max_clients"
@@ -162,17 +190,17 @@ class FixedSum:
     def flat(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as vectors; Refusal when one has another size."""
         out = {}
-        for name, ring in self._ring.items():
+        for name, ring in self.ring.items():
             out[name] = values[name].detach().reshape(-1)
             if out[name].numel() != ring.size:
                 raise Refusal("schema", f"leaf {name} has {out[name].numel()} elements, expected {ring.size}")
         return out
 
     def limit(self, factor: float) -> float:
-        """Largest absolute value that fits on the grid once multiplied by ``factor``."""
+        """Largest absolute value that fits on the grid once multiplied by ``factor``; never infinite."""
         if not math.isfinite(factor):
             raise Refusal("weight", f"got a factor of {factor}, expected a finite number")
-        return self.grid.bound / abs(factor) if factor else math.inf
+        return min(self.grid.bound / abs(factor), _LARGEST) if factor else _LARGEST
 
     def order(self) -> list[str]:
         """The leaves, in the direction of this term."""
@@ -183,7 +211,7 @@ class FixedSum:
         offset = np.uint64((self.count * _MAGIC_BITS) % _RING)
         return {
             name: torch.from_numpy((ring - offset).view(np.int64)).reshape(self.shapes[name])
-            for name, ring in self._ring.items()
+            for name, ring in self.ring.items()
         }
 
     def restore(self, integers: Mapping[str, U64], count: int) -> None:
@@ -199,7 +227,7 @@ class FixedSum:
         if count > self.grid.clients:
             raise Refusal("capacity", f"a sum of {count} terms, the grid admits {self.grid.clients}")
         offset = np.uint64((count * _MAGIC_BITS) % _RING)
-        for name, ring in self._ring.items():
+        for name, ring in self.ring.items():
             if integers[name].shape != ring.shape:
                 raise Refusal("schema", f"leaf {name} has {integers[name].size} sums, expected {ring.size}")
             np.add(integers[name], offset, out=ring)
@@ -211,7 +239,7 @@ class FixedSum:
 
     def write(self, name: str, divisor: float, dtype: torch.dtype) -> Tensor:
         """One sum divided by ``divisor``, rounded once to ``dtype``; needs no float64 copy of the whole leaf."""
-        out = torch.empty(self._ring[name].size, dtype=dtype)
+        out = torch.empty(self.ring[name].size, dtype=dtype)
         for start in range(0, out.numel(), _PIECE):
             part = slice(start, start + _PIECE)
             out[part] = self._exact(name, part) / divisor
@@ -225,12 +253,12 @@ class FixedSum:
 
     def _release(self, name: str) -> None:
         self._pieces[name] = []  # they are views of the accumulator and would keep it
-        self._ring[name] = np.zeros(0, np.uint64)
+        self.ring[name] = np.zeros(0, np.uint64)
         self.grid = replace(self.grid, clients=0)
 
     def ratio(self, name: str, below: FixedSum, dtype: torch.dtype) -> Tensor:
         """One sum divided elementwise by the same leaf of another, rounded once to ``dtype``."""
-        out = torch.empty(self._ring[name].size, dtype=dtype)
+        out = torch.empty(self.ring[name].size, dtype=dtype)
         for start in range(0, out.numel(), _PIECE):
             part = slice(start, start + _PIECE)
             out[part] = self._exact(name, part) / below._exact(name, part)
@@ -238,7 +266,7 @@ class FixedSum:
 
     def _exact(self, name: str, part: slice) -> Tensor:
         offset = np.uint64((self.count * _MAGIC_BITS) % _RING)
-        steps = (self._ring[name][part] - offset).view(np.int64).astype(np.float64)
+        steps = (self.ring[name][part] - offset).view(np.int64).astype(np.float64)
         steps *= self.grid.step
         return torch.from_numpy(steps)
 
@@ -248,15 +276,20 @@ def _pattern(x: Tensor, scaled: float) -> U64:
     size = x.numel()
     first = SCRATCH.view("first", size)
     first.copy_(x)
-    torch.add(_MAGIC_TENSOR, first, alpha=scaled, out=first)
+    torch.add(MAGIC, first, alpha=scaled, out=first)
     return SCRATCH.bits(size)
 
 
 def check_values(x: Tensor, limit: float) -> None:
     """Refuse a vector with an element that is not finite or above ``limit`` in absolute value."""
-    # The sum of squares is one fast pass and bounds every element. It overflows to infinity, never to less.
-    fast = x.dtype in (torch.float32, torch.float64)
-    if fast and float(torch.dot(x, x)) <= limit * limit * 0.999:
+    # The sum of squares is one fast pass and bounds every element, where squares near the limit are neither lost to
+    # zero nor all infinite. It overflows to infinity, never to less.
+    square = limit * limit * 0.999
+    if (
+        x.dtype in (torch.float32, torch.float64)
+        and 1e-30 < square < math.inf
+        and float(torch.dot(x, x)) <= square
+    ):
         return
     if x.numel() == 0:
         return
@@ -268,56 +301,3 @@ def check_values(x: Tensor, limit: float) -> None:
         raise Refusal(
             "norm", f"a value of {top:.6g} exceeds {limit:.6g}, the bound of the accumulators at this weight"
         )
-
-
-def add_weighted(
-    numerator: FixedSum,
-    denominator: FixedSum,
-    values: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    factors: Mapping[str, float],
-    clamps: Mapping[str, tuple[float, float]],
-    limit: float,
-) -> None:
-    """Add ``f w x`` to one sum and ``f w`` to another in one walk, with ``w`` clamped: all of it or nothing.
-
-    The caller vouches for the bounds: ``f * clamp <= denominator.grid.bound`` and ``f * clamp * limit <=
-    numerator.grid.bound``.
-
-    Args:
-        numerator: accumulator of ``f w x``.
-        denominator: accumulator of ``f w``, of the same shapes.
-        values: x, name to tensor.
-        weights: w, the same shapes, no NaN.
-        factors: f, name to a finite number.
-        clamps: name to lowest and highest w.
-        limit: on the absolute values of x.
-
-    Raises:
-        Refusal: as `FixedSum.add`.
-    """
-    numerator._room()
-    xs, ws = numerator.flat(values), denominator.flat(weights)
-    for x in xs.values():  # before anything is added, so nothing has to be taken off
-        check_values(x, limit)
-    for name in numerator.order():
-        (low, high), factor, start = clamps[name], factors[name], 0
-        above = math.ldexp(factor, -numerator.grid.exponent)
-        below = math.ldexp(factor, -denominator.grid.exponent)
-        for up, down in zip(numerator._pieces[name], denominator._pieces[name], strict=True):
-            size = up.size
-            x, w = xs[name][start : start + size], ws[name][start : start + size]
-            start += size
-            first, second = SCRATCH.view("first", size), SCRATCH.view("second", size)
-            bits = SCRATCH.bits(size)
-            if w.dtype == torch.float32:
-                second.copy_(torch.clamp(w, low, high, out=SCRATCH.view("narrow", size, torch.float32)))
-            else:
-                torch.clamp(w.double(), low, high, out=second)
-            first.copy_(x)
-            torch.addcmul(_MAGIC_TENSOR, first, second, value=above, out=first)
-            np.add(up, bits, out=up)
-            torch.add(_MAGIC_TENSOR, second, alpha=below, out=first)
-            np.add(down, bits, out=down)
-    numerator.count += 1
-    denominator.count += 1

@@ -102,7 +102,8 @@ def validate(
         ranks: site to the rank this client had before, if it had one; a change is refused.
         needs_fisher: refuse an update without Fisher.
         values: look at every element. False saves that pass for a rule whose ``capability.streaming`` is true: its
-            accumulators check each element themselves and refuse the same updates, but for `Spec.max_norm`.
+            accumulators refuse NaN, infinity and whatever they cannot hold. They do not look at `Spec.max_norm`, and
+            a small weight leaves room for values above `Spec.max_abs`.
 
     Raises:
         Refusal: with the machine-readable reason.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fednano.aggregation import FixedSum, Grid, Refusal
-from fednano.aggregation.fixedpoint import add_weighted
+from fednano.aggregation.weighted import add_weighted
 from fednano.errors import ConfigError
 
 
