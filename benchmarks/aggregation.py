@@ -5,6 +5,9 @@
 
 Times are CPU time of one thread, so that other work on the machine disturbs them little; ratios are medians
 over interleaved repetitions. Memory is the rise of the process's peak resident size, in updates of 1 MB (float32).
+
+What is measured is a process that has merged for a while: with the compiled loops, which are loaded before.
+The same with torch alone stands beside it (`fedavg_torch`, `fisher_torch`), and so does what loading them costs once.
 """
 
 from __future__ import annotations
@@ -12,9 +15,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -126,6 +133,46 @@ def measure_memory(rule: str, count: int) -> dict[str, Any]:
     }
 
 
+LOAD = """
+import json, os, resource, time
+import torch
+from fednano.aggregation import native
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+start, began = resident(), time.process_time()
+if native.chosen(1):
+    native.loop_for("add", torch.zeros(1).numpy())
+    native.loop_for("add_pair", torch.zeros(1).numpy(), torch.zeros(1).numpy())
+print(json.dumps({"cpu_seconds": time.process_time() - began, "resident_mb": (resident() - start) / 1e6}))
+"""
+
+
+def measure_loading() -> list[dict[str, Any]]:
+    """What the compiled loops cost a process once: with numba's cache on disk still empty, and filled."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in ("empty", "filled"):
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "FEDNANO_NATIVE": "on"}
+            done = subprocess.run(
+                [sys.executable, "-c", LOAD], capture_output=True, text=True, check=True, env=environment
+            )
+            rows.append({"measure": "loading", "cache": cache, **json.loads(done.stdout)})
+    return rows
+
+
+def with_torch(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same without compiled loops."""
+
+    def run() -> Any:
+        os.environ["FEDNANO_NATIVE"] = "off"
+        try:
+            return work()
+        finally:
+            os.environ["FEDNANO_NATIVE"] = "on"
+
+    return run
+
+
 def measure_speed(held: int, repeats: int) -> list[dict[str, Any]]:
     """Per update: Flower's FedAvg, ours, and Fisher, interleaved on the same arrays."""
     with warnings.catch_warnings():
@@ -148,6 +195,8 @@ def measure_speed(held: int, repeats: int) -> list[dict[str, Any]]:
         "fedavg": lambda: merge("fedavg", spec, updates_of(pool, held, fisher=False, copy=False)),
         "fisher": lambda: merge("fisher", spec, updates_of(pool, held, fisher=True, copy=False)),
     }
+    contenders |= {f"{rule}_torch": with_torch(contenders[rule]) for rule in ("fedavg", "fisher")}
+    contenders["fisher"]()  # the loops are loaded
     mine, theirs = contenders["fedavg"](), contenders["flower_fedavg"]()
     worst = max(float((mine[n] - torch.from_numpy(theirs[n].numpy())).abs().max()) for n in mine)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -253,10 +302,11 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
+    os.environ["FEDNANO_NATIVE"] = "on"
     count, held, repeats = (300, 32, 3) if quick else (10_000, 256, 9)
     memory = measure_memory("fedavg", count)
     fisher_memory = measure_memory("fisher", max(count // 10, 100))
-    speed = measure_speed(held, repeats)
+    speed = [*measure_speed(held, repeats), *measure_loading()]
     products = measure_products(100, 16, 1024 if quick else 4096, dense=not quick)
     sizes = measure_bytes()
     rows = [memory, fisher_memory, *speed, products, *sizes]
@@ -264,7 +314,7 @@ def main() -> None:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     if quick:
         return
-    by = {row["rule"]: row for row in speed}
+    by = {row["rule"]: row for row in speed if row["measure"] == "speed"}
     share = {row["codec"]: row["share_of_float32"] for row in sizes}
     gates = [
         Gate("peak_memory_updates", memory["peak_updates"], 4.0, "<="),

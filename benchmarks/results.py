@@ -36,7 +36,7 @@ Row = Mapping[str, Any]
 
 KEYS = ("name", "commit", "date", "hardware", "versions", "command", "rows", "gates")
 GATE_KEYS = ("name", "value", "bound", "sense", "met")
-PACKAGES = ("torch", "triton", "transformers", "flwr", "peft", "grpcio", "numpy", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "flwr", "peft", "grpcio", "numpy", "numba", "liger-kernel")
 
 
 class ResultsError(ValueError):

@@ -161,6 +161,25 @@ def codecs(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merging(document: dict[str, Any]) -> str:
+    """Milliseconds per update of the streaming rules and of Flower's FedAvg."""
+    titles = {
+        "flower_fedavg": "Flower's FedAvg",
+        "fedavg": "FedAvg",
+        "fisher": "Fisher",
+        "fedavg_torch": "FedAvg, torch only",
+        "fisher_torch": "Fisher, torch only",
+    }
+    lines = ["| Per update of 1 MB | ms | Flower's time over it | Over FedAvg's time |", "|---|---:|---:|---:|"]
+    for row in document["rows"]:
+        if row["measure"] == "speed":
+            lines.append(
+                f"| {titles[row['rule']]} | {row['milliseconds_per_update']:.2f} | "
+                f"{row['times_faster_than_flower']:.2f} | {row['times_slower_than_fedavg']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def robustness(document: dict[str, Any]) -> str:
     """Accuracy of each rule without and with sign-flippers, mean over seeds."""
     rows = document["rows"]
@@ -212,6 +231,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "adapters": ("adapters", adapters),
     "adapters-gates": ("adapters", gates),
     "study-gates": ("study", gates),
+    "merging": ("aggregation", merging),
+    "merging-gates": ("aggregation", gates),
     "robustness": ("robustness", robustness),
     "robustness-gates": ("robustness", gates),
     "codecs": ("codecs", codecs),
