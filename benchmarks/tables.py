@@ -170,7 +170,10 @@ def merging(document: dict[str, Any]) -> str:
         "fedavg_torch": "FedAvg, torch only",
         "fisher_torch": "Fisher, torch only",
     }
-    lines = ["| Per update of 1 MB | ms | Flower's time over it | Over FedAvg's time |", "|---|---:|---:|---:|"]
+    lines = [
+        "| Per update of 1 MB | ms | Flower's time over it | Over FedAvg's time |",
+        "|---|---:|---:|---:|",
+    ]
     for row in document["rows"]:
         if row["measure"] == "speed":
             lines.append(

@@ -32,7 +32,10 @@ def fednano(*words: str, folder: Path | None = None) -> subprocess.CompletedProc
 
 
 def test_help_comes_without_loading_torch_or_flower() -> None:
-    heavy = "('torch', 'flwr', 'transformers', 'numpy', 'numba', 'scipy', 'jinja2', 'starlette', 'grpc', 'cryptography')"
+    heavy = (
+        "('torch', 'flwr', 'transformers', 'numpy', 'numba', 'scipy', 'jinja2', 'starlette', 'grpc', "
+        "'cryptography')"
+    )
     code = f"import sys, fednano.cli.commands; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
