@@ -52,7 +52,7 @@ class _Merged:
 def _loops() -> ModuleType | None:
     try:
         return importlib.import_module("fednano.aggregation.native_loops")
-    except ImportError:
+    except (ImportError, OSError):  # the latter from a shared library that cannot be loaded
         return None
 
 
@@ -105,7 +105,11 @@ def _checked(name: str, kinds: str) -> Loop | None:
     module = _loops()
     if module is None:
         return None
-    loop: Loop = module.compiled(name, kinds)
+    try:
+        loop: Loop = module.compiled(name, kinds)
+    except Exception as error:  # a compiler fails in many ways, and no run should end by that
+        _log.warning("the loops of merging cannot be compiled (%s): merging stays with torch", error)
+        return None
     if agrees(loop, name, kinds):
         return loop
     _log.info("on this processor torch rounds otherwise than the compiled loops: merging stays with torch")

@@ -326,21 +326,56 @@ def test_a_loop_that_rounds_otherwise_is_found_out() -> None:
     assert not native.agrees(lambda r, x, s, p: rounded_twice(r, x, s, p, x.size - 1), "add", "f")
 
 
-def test_no_place_for_the_cache(fresh: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no locator available"), OSError(28, "no space"), EOFError()])
+def test_no_place_for_the_cache(fresh: pytest.MonkeyPatch, error: Exception) -> None:
     from fednano.aggregation import native_loops
 
     real = native_loops.njit
 
-    def no_locator(*given: Any, cache: bool = False, **options: Any) -> Any:
+    def fail(*given: Any, cache: bool = False, **options: Any) -> Any:
         if cache:
-            raise RuntimeError("cannot cache function: no locator available")
+            raise error
         return real(*given, **options)
 
-    fresh.setattr(native_loops, "njit", no_locator)
+    fresh.setattr(native_loops, "njit", fail)
     loop = native_loops.compiled.__wrapped__("add", "f")
     ring = np.zeros(3, np.uint64)
     assert loop(ring, np.ones(3, np.float32), 5.0, np.uint64(0)) == 1.0
     assert (ring - np.float64(MAGIC).view(np.uint64)).tolist() == [5, 5, 5]
+
+
+def test_a_cache_cut_short_and_a_compiler_that_fails(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import numba
+
+    from fednano.aggregation import native_loops
+
+    fresh.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    fresh.setenv("FEDNANO_NATIVE", "on")
+    for _ in range(2):
+        total = FixedSum(Grid.covering(1.0, 2), {"x": (3,)})
+        native._checked.cache_clear()
+        native_loops.compiled.cache_clear()
+        total.add({"x": torch.ones(3)}, 1.0)
+        assert total.value("x").tolist() == [1.0] * 3
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert files
+        for path in files:
+            path.write_bytes(path.read_bytes()[:40])
+
+    def fail(*given: Any, **options: Any) -> Any:
+        raise ValueError("no such target")
+
+    fresh.setattr(native_loops, "njit", fail)
+    native._checked.cache_clear()
+    native_loops.compiled.cache_clear()
+    try:
+        total.add({"x": torch.ones(3)}, 1.0)
+        assert total.value("x").tolist() == [2.0] * 3
+        assert "no such target" in caplog.text
+    finally:
+        native._checked.cache_clear()
 
 
 SMALL = """
