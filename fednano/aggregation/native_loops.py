@@ -145,7 +145,9 @@ def compiled(name: str, kinds: str) -> Callable[..., float]:
         loop = _add_pair
     try:
         made = njit(signature, nogil=True, cache=True)(loop)
-    except Exception:  # the cache's: no folder that can be written to, a full disk, a file cut short (pickle's errors)
+    except (
+        Exception
+    ):  # the cache's: no folder that can be written to, a full disk, a file cut short (pickle's errors)
         made = njit(signature, nogil=True)(loop)
     call: Callable[..., float] = made
     return call
