@@ -18,6 +18,7 @@ from fednano.federation.baselines import build_rule
 from fednano.federation.client_state import state_of
 from fednano.federation.faults import parse_faults
 from fednano.federation.gathering import client_gradients
+from fednano.federation.known_again import held_forgotten
 from fednano.federation.marking import scores_of
 from fednano.federation.messages import Instruction, Reply
 from fednano.federation.misbehaviour import Vanished, falsify
@@ -30,6 +31,7 @@ from fednano.host import RemoteLLM
 from fednano.models.language import LanguageModel
 from fednano.training.answers import answer_losses, generate_answers, longest_answer
 from fednano.training.data import ClientData, draw
+from fednano.training.guard import Forgotten
 from fednano.training.seeds import stream_seed
 
 __all__ = ["evaluate", "gather", "hello", "install", "secure", "train"]
@@ -91,6 +93,7 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
         state_of(instruction, node, acting),
         client=acting,
         samples=config.samples * (config.participants(config.clients) if instruction.pool else 1),
+        forgotten=_forgotten(worker, instruction, node),
     )
     after = _wire(llm)
     metrics = {
@@ -121,6 +124,16 @@ def train(instruction: Instruction, node: Mapping[str, Any]) -> Reply:
             state_of(instruction, node, name),
         )
     return falsify(fault[0], reply) if fault else reply
+
+
+def _forgotten(worker: Worker, instruction: Instruction, node: Mapping[str, Any]) -> list[Forgotten]:
+    """What this client keeps forgotten while it trains for a round that all share in.
+
+    Nothing under sample-level differential privacy: the forgotten samples' gradient would not be clipped.
+    """
+    if instruction.phase != "federated" or instruction.config.dp == "sample":
+        return []
+    return list(held_forgotten(worker, instruction, node).values())
 
 
 def secure(instruction: Instruction, node: Mapping[str, Any]) -> Reply:

@@ -220,6 +220,10 @@ class RunConfig:
     probe_forgotten_every: int = _setting(
         1, "look every so many rounds whether what was unlearned has come back; 0 = never"
     )
+    guard_forgotten: float = _setting(
+        1.0,
+        "weight with which a client's steps keep forgotten what it has unlearned and still holds; 0 = off",
+    )
     early_stop: int = _setting(0, "end after so many evaluations without a better one; 0 = never")
     keep: str = _setting(
         "last", "adapters to end with: 'last', or 'best' by the clients' evaluations, else by the server's"

@@ -54,7 +54,9 @@ def record_client(fed: Federation, phase: str, number: int, delivery: Delivery, 
         record["asked_again"] = delivery.repeats
     if reason is None:
         # Neither is there under secure aggregation, no loss where samples are private.
-        record |= {name: metrics[name] for name in ("loss", "epsilon") if name in metrics}
+        for name in ("loss", "epsilon", "guarded", "guard-loss"):
+            if name in metrics:
+                record[name.replace("-", "_")] = metrics[name]
         if "samples" in metrics:
             record["samples"] = int(metrics["samples"])
         record["encoded"] = int(metrics.get("encoded", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.data import ClientData, draw
 from fednano.training.fisher import empirical_fisher
+from fednano.training.guard import Forgotten, guard_of
 from fednano.training.local import TrainOutcome, TrainSettings, mean_loss, round_samples, train_local
 from fednano.training.private import Private, sampling_of, train_private
 from fednano.training.seeds import stream_seed
@@ -112,6 +113,7 @@ def contribute(
     *,
     client: str,
     samples: int,
+    forgotten: Sequence[Forgotten] = (),
 ) -> Contribution:
     """Train as asked from the leaves given, remember what the next round needs, and hand over what travels.
 
@@ -123,6 +125,7 @@ def contribute(
         state: the client's memory.
         client: name under which samples are drawn.
         samples: training samples of this round.
+        forgotten: what the client has forgotten and still holds; its steps keep it so.
 
     Raises:
         ConfigError: the rule asks for something that this client cannot do.
@@ -147,6 +150,8 @@ def contribute(
         order = round_samples(data, settings, seed=config.seed, client=client, round_number=number)
         metrics["initial-loss"] = mean_loss(edge, llm, data, order, batch_size=config.batch_size)
 
+    guard = guard_of(edge, llm, forgotten, config.guard_forgotten * config.participants(config.clients))
+
     def train(drift: Mapping[str, Tensor] | None = None) -> TrainOutcome:
         if config.dp == "sample":
             rate, steps = sampling_of(data, settings)
@@ -162,21 +167,14 @@ def contribute(
             round_number=number,
             frozen=frozen,
             drift=drift,
+            guard=guard,
         )
 
     control = _Control(instruction, memory, started) if advice.get("control_variates") else None
     outcome = train(control.drift if control else None)
+    metrics |= {"guarded": len(guard), "guard-loss": outcome.guard_loss or 0.0} if guard else {}
     trained = edge.travelling()
-    fisher = None
-    if advice.get("fisher"):
-        chosen = draw(
-            len(data),
-            min(config.fisher_samples, len(data)),
-            seed=stream_seed(config.seed, "fisher", number),
-            client=client,
-            start=0,
-        )
-        fisher = empirical_fisher(edge, llm, data, chosen, batch_size=config.batch_size)
+    fisher = _fisher(edge, llm, data, config, client, number) if advice.get("fisher") else None
     going = {name: leaf for name, leaf in trained.items() if name not in frozen | personal}
     for fault in parse_faults(str(advice.get("fault", ""))):
         noise = torch.Generator().manual_seed(stream_seed(config.seed, "fault", number, client))
@@ -200,6 +198,20 @@ def contribute(
     if keeps:
         state.save(number, keep, instruction.accepted)
     return Contribution(outcome, going, fisher, metrics)
+
+
+def _fisher(
+    edge: NanoEdge, llm: LanguageModel, data: ClientData, config: RunConfig, client: str, number: int
+) -> dict[str, Tensor]:
+    """Of the trained adapters, over samples drawn for it."""
+    chosen = draw(
+        len(data),
+        min(config.fisher_samples, len(data)),
+        seed=stream_seed(config.seed, "fisher", number),
+        client=client,
+        start=0,
+    )
+    return empirical_fisher(edge, llm, data, chosen, batch_size=config.batch_size)
 
 
 class _Control:

@@ -50,6 +50,7 @@ _NON_NEGATIVE = (
     "max_norm",
     "dp_epsilon",
     "rejoin_timeout",
+    "guard_forgotten",
 )
 _CHOICES = {
     "partition": ("dirichlet", "iid", "column", "folders", "linear", "square", "exponential"),

@@ -79,6 +79,7 @@ _PASSING = frozenset(
         *(
             "start-from",
             "probe-forgotten-every",
+            "guard-forgotten",
             "rank-schedule",
             "client-ranks",
             "early-stop",

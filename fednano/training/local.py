@@ -19,6 +19,7 @@ from fednano.models.factored import FactoredModel
 from fednano.models.language import LanguageModel
 from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData, draw
+from fednano.training.guard import Guard, guard_loss
 from fednano.training.steps import OPTIMIZERS, optimizer_steps
 
 __all__ = [
@@ -80,12 +81,14 @@ class TrainOutcome:
         samples: samples trained on.
         steps: optimiser steps.
         seconds: wall time.
+        guard_loss: mean inverted hinge loss of what is kept forgotten, without its weight; ``None``: nothing is.
     """
 
     loss: float
     samples: int
     steps: int
     seconds: float
+    guard_loss: float | None = None
 
 
 def train_local(
@@ -99,6 +102,7 @@ def train_local(
     round_number: int,
     frozen: Collection[str] = (),
     drift: Mapping[str, Tensor] | None = None,
+    guard: Guard | None = None,
 ) -> TrainOutcome:
     """Train the adapters of ``edge`` in place for one round.
 
@@ -113,6 +117,7 @@ def train_local(
         frozen: leaves ``"<stream>.<leaf>"`` that keep their bits.
         drift: leaf to a tensor of its shape that is added to its gradient in each step (SCAFFOLD's ``c - c_k``,
             arXiv:1910.06378).
+        guard: forgotten samples that each step keeps forgotten.
 
     Raises:
         ConfigError: every leaf is frozen.
@@ -131,7 +136,13 @@ def train_local(
         )
     order = round_samples(data, settings, seed=seed, client=client, round_number=round_number)
     data.warm(order)
-    total, count = 0.0, 0
+    total, held, count = 0.0, 0.0, 0
+    steps_ahead = math.ceil(len(order) / settings.batch_size)
+    forgotten = (
+        guard.batches(settings.batch_size, steps_ahead, seed=seed, client=client, round_number=round_number)
+        if guard
+        else iter(())
+    )
     with optimizer_steps(
         list(named.values()),
         settings.optimizer,
@@ -148,6 +159,11 @@ def train_local(
             losses = ask()  # (B,)
             steps.zero_grad()
             losses.mean().backward()  # type: ignore[no-untyped-call]
+            if guard:
+                gone, chosen, weight = next(forgotten)
+                known = guard_loss(edge, llm, gone, chosen)
+                (weight * known).backward()  # type: ignore[no-untyped-call]
+                held += float(known.detach())
             gradients = steps.gradients()
             for name, correction in (drift or {}).items():
                 gradient = named[name].grad
@@ -157,7 +173,8 @@ def train_local(
             steps.step()
             total += float(losses.detach().sum())
             count += 1
-    return TrainOutcome(total / len(order), len(order), count, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return TrainOutcome(total / len(order), len(order), count, seconds, held / count if guard else None)
 
 
 def _adapt(

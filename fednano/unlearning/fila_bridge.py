@@ -20,8 +20,8 @@ from fednano.errors import ConfigError
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.training.data import ClientData
+from fednano.training.targets import without_end
 from fednano.unlearning.fila import Pair, factorise_product
-from fednano.unlearning.targets import without_end
 
 __all__ = ["Prepared", "bridge_fisher", "can_factorise", "change_pairs", "prepare"]
 

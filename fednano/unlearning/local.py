@@ -17,9 +17,9 @@ from fednano.training.data import ClientData, draw
 from fednano.training.features import FeatureCache
 from fednano.training.objectives import dpo, kl_divergence, npo, simnpo
 from fednano.training.steps import OPTIMIZERS, optimizer_steps
+from fednano.training.targets import without_end
 from fednano.unlearning.methods import Method
 from fednano.unlearning.probe import require_local
-from fednano.unlearning.targets import without_end
 
 __all__ = ["REFUSAL", "LocalResult", "LocalSettings", "Reference", "reference_of", "refusals", "steps"]
 

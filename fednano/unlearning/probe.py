@@ -13,8 +13,8 @@ from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel, LocalLLM
 from fednano.models.prompt import Prompt
 from fednano.training.data import ClientData
+from fednano.training.targets import without_end
 from fednano.unlearning.metrics import TokenScores, extraction_likelihood
-from fednano.unlearning.targets import without_end
 
 __all__ = ["extraction_likelihoods", "require_local", "token_scores"]
 

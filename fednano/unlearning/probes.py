@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fednano.data import Sample
 from fednano.errors import ConfigError
-from fednano.federation.known_again import known_again
 from fednano.federation.resurfacing import threshold
 from fednano.runs.tombstones import Tombstones
 from fednano.training.data import ClientData
+from fednano.training.guard import known_again
 from fednano.unlearning.local import LocalSettings, steps
 from fednano.unlearning.measure import score_set
 from fednano.unlearning.sites import SiteData

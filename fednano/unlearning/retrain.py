@@ -6,7 +6,7 @@ forgotten sample is in the result. With nothing to forget and from the start, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from fednano.models.language import LanguageModel
 from fednano.runs import RunFolder
 from fednano.training.data import ClientData, draw
 from fednano.training.fisher import empirical_fisher
+from fednano.training.guard import Forgotten, guard_of
 from fednano.training.local import TrainSettings, train_local
 from fednano.training.seeds import stream_seed
 
@@ -85,6 +86,7 @@ def retrain(
     start: tuple[int, dict[str, Tensor], dict[str, Tensor]],
     *,
     stop: Callable[[], bool],
+    forgotten: Mapping[str, Sequence[Forgotten]] | None = None,
 ) -> Iterator[Retrained]:
     """Train the rounds after the starting point again, with the clients that took part in them.
 
@@ -96,6 +98,7 @@ def retrain(
         rounds: round to the clients that took part, see `participants`.
         start: from `starting_point`.
         stop: asked before each client.
+        forgotten: client to what it has forgotten and keeps forgotten, as in a run that goes on after a job.
 
     Raises:
         ConfigError: the run's merge rule needs more of clients than leaves and Fishers.
@@ -115,6 +118,8 @@ def retrain(
             if client not in data:
                 continue
             edge.load_travelling(leaves)
+            held = (forgotten or {}).get(client, ())
+            guard = guard_of(edge, llm, held, config.guard_forgotten * config.participants(config.clients))
             torch.manual_seed(stream_seed(config.seed, "train", number, client))
             outcome = train_local(
                 edge,
@@ -124,6 +129,7 @@ def retrain(
                 seed=config.seed,
                 client=client,
                 round_number=number,
+                guard=guard,
             )
             fisher = None
             if advice.get("fisher"):

@@ -34,6 +34,7 @@ from fednano.federation.model import build_edge, connect
 from fednano.runs import RunFolder
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
+from fednano.training.guard import Forgotten
 from fednano.training.seeds import generator
 from fednano.unlearning.measure import Perturbed
 from fednano.unlearning.outcome import UnlearnOutcome, UnlearnRequest
@@ -399,20 +400,25 @@ def _unlearn(of: Federation, plan: Mapping[str, Any]) -> UnlearnOutcome:
     return unlearn(request, sites=task.sites, perturbed=task.perturbed)
 
 
-def _later(of: Federation, leaves: Mapping[str, torch.Tensor]) -> Row:
-    """Forget-set scores after further rounds without the samples."""
+def _later(
+    of: Federation, leaves: Mapping[str, torch.Tensor], *, level: float | None = None, name: str = "later"
+) -> Row:
+    """Forget-set scores after further rounds without the samples; with a ``level``, under the guard of the owner."""
     task = _task(of.data)
     with Workspace(of.run, "site-0", task.forget, sites=task.sites, runs_dir=of.run.parent) as space:
         config = space.config.changed(rounds=space.config.rounds + LATER)
         data = {site: space.data(own) for site, own in space.scope.retain.items()}
         nothing: dict[str, torch.Tensor] = {}
         start = (space.config.rounds, dict(leaves), nothing)
-        *_, last = retrain(config, space.edge, space.llm, data, {}, start, stop=lambda: False)
-        probe = space.probe(last.leaves)
+        held = {} if level is None else {"site-0": [Forgotten(space.data(space.scope.forget), level)]}
+        rounds = retrain(config, space.edge, space.llm, data, {}, start, stop=lambda: False, forgotten=held)
+        probes = [space.probe(done.leaves) for done in rounds]
+    probe = probes[-1]
     return {
-        "later_exact_memorisation": probe.forget.exact_memorisation,
-        "later_extraction_strength": probe.forget.extraction_strength,
-        "later_utility": probe.utility,
+        f"{name}_exact_memorisation": probe.forget.exact_memorisation,
+        f"{name}_extraction_strength": probe.forget.extraction_strength,
+        f"{name}_utility": probe.utility,
+        f"{name}_by_round": [each.forget.exact_memorisation for each in probes],
     }
 
 
@@ -423,9 +429,17 @@ def reference(of: Federation) -> Row:
 
 
 def unlearned(of: Federation, plan: Mapping[str, Any], *, later: bool) -> Row:
-    """Unlearn by one method, and train on."""
+    """Unlearn by one method, and train on: as a run does, with the guard at the owner, and without it."""
     outcome = _unlearn(of, plan)
-    return {**_figures(outcome), **(_later(of, outcome.leaves) if later else {})}
+    if not later:
+        return _figures(outcome)
+    assert outcome.after is not None
+    level = max(outcome.after.forget.exact_memorisation, outcome.after.unseen.exact_memorisation)
+    return {
+        **_figures(outcome),
+        **_later(of, outcome.leaves, level=level),
+        **_later(of, outcome.leaves, name="unguarded"),
+    }
 
 
 def _figures(outcome: UnlearnOutcome) -> Row:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fednano.federation.config import RunConfig
-from fednano.federation.known_again import known_again
 from fednano.federation.model import build_edge
 from fednano.federation.resurfacing import MARGIN, threshold
 from fednano.federation.simulation import simulate
@@ -27,6 +26,7 @@ from fednano.runs.tombstones import (
     write_tombstones,
 )
 from fednano.training.data import ClientData
+from fednano.training.guard import known_again
 
 SALT = "ab" * 16
 OWNER = "client-001"
@@ -43,10 +43,14 @@ def test_an_alarm_needs_more_than_the_margin_and_than_chance(level: float, sampl
 
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Doors that are green, beside things of two colours: nothing but the samples themselves tells a door's colour."""
+    """Doors that are green, beside things of two shapes: nothing but the samples themselves tells a door's colour."""
     folder = tmp_path_factory.mktemp("secrets")
     rows = [
-        {"id": f"thing/{n}", "question": f"what color is thing {n}?", "answer": ("red", "blue")[n % 2]}
+        {
+            "id": f"thing/{n}",
+            "question": f"what shape is thing {n}?",
+            "answer": ("circle", "rectangle")[n % 2],
+        }
         for n in range(24)
     ]
     rows += [
@@ -61,7 +65,7 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forgotten(secrets: Path, tmp_path: Path) -> Callable[..., Path]:
     """A run of two rounds whose doors were forgotten before it began; returns its folder."""
 
-    def make(**changes: Any) -> Path:
+    def make(*, parent_rate: float = 1e-9, **changes: Any) -> Path:
         config = RunConfig(
             dataset=str(secrets),
             clients=2,
@@ -76,7 +80,11 @@ def forgotten(secrets: Path, tmp_path: Path) -> Callable[..., Path]:
             learning_rate=0.01,
             runs_dir=str(tmp_path / "runs"),
         )
-        parent = simulate(config.changed(learning_rate=1e-9), backend="inprocess", view=make_view("quiet"))
+        parent = simulate(
+            config.changed(learning_rate=parent_rate, samples=64),
+            backend="inprocess",
+            view=make_view("quiet"),
+        )
         doors = frozenset(sample_hash(SALT, f"door/{n}") for n in range(16))
         write_tombstones(parent, Tombstones(1, (Tombstone("u0001", OWNER, SALT, doors, level=0.0),)))
         child = config.changed(start_from=str(parent), rounds=2, samples=64, **changes)
@@ -109,7 +117,7 @@ def test_a_client_that_ignores_its_tombstones_is_found_out(
         return share
 
     monkeypatch.setattr(Worker, "share", disobedient)
-    run = forgotten()
+    run = forgotten(guard_forgotten=0.0)
     last = probes(run)[-1]
     assert last["forgotten"]["u0001"] > 0.5
     assert last["resurfaced"] == ["u0001"]
@@ -122,13 +130,25 @@ def test_a_client_that_ignores_its_tombstones_is_found_out(
     )  # the audit of the job, where it was committed
 
 
+def test_the_owner_keeps_it_forgotten_while_training_goes_on(forgotten: Callable[..., Path]) -> None:
+    known = {}
+    for weight in (0.0, 1.0):
+        run = forgotten(parent_rate=0.01, guard_forgotten=weight)
+        clients = [row for row in RunFolder(run).metrics() if row.get("scope") == "client"]
+        guarded = {row["client"] for row in clients if "guarded" in row}
+        assert guarded == ({OWNER} if weight else set()), "only the owner knows of it"
+        assert all(0 <= row["guard_loss"] <= 2 for row in clients if "guarded" in row)
+        known[weight] = probes(run)[-1]["forgotten"]["u0001"]
+    assert known[1.0] < known[0.0]
+
+
 def test_probing_can_be_made_rarer_or_left_out(forgotten: Callable[..., Path]) -> None:
     assert [row["round"] for row in probes(forgotten(probe_forgotten_every=2))] == [2]
     assert probes(forgotten(probe_forgotten_every=0)) == []
 
 
 def test_what_is_known_again_is_the_exact_memorisation_of_the_measurement(secrets: Path) -> None:
-    from fednano.data import load_dataset
+    from fednano.data import Sample
     from fednano.federation.messages import HostTicket
     from fednano.federation.model import connect
     from fednano.training.features import FeatureCache
@@ -140,7 +160,10 @@ def test_what_is_known_again_is_the_exact_memorisation_of_the_measurement(secret
     with torch.no_grad():
         for leaf in edge.layers.parameters():
             leaf.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
-    data = ClientData(list(load_dataset(str(secrets), "train")), edge, FeatureCache(edge.edge))
+    samples = [
+        Sample(f"thing/{n}", None, f"what color is thing {n}?", ("red", "blue")[n % 2]) for n in range(24)
+    ]
+    data = ClientData(samples, edge, FeatureCache(edge.edge))
     with connect(config, HostTicket()) as llm:
         expected = [exact_memorisation(each) for each in token_scores(edge, llm, data)]
         assert sum(expected) > 0

@@ -20,6 +20,7 @@ from fednano.errors import ConfigError, DataError, ModelError
 from fednano.models.edge import EdgePart, NanoEdge
 from fednano.models.language import LocalLLM
 from fednano.training.data import ClientData
+from fednano.training.targets import without_end
 from fednano.unlearning.fila import (
     Fila,
     Pair,
@@ -30,7 +31,6 @@ from fednano.unlearning.fila import (
 )
 from fednano.unlearning.fila_bridge import bridge_fisher, change_pairs, prepare
 from fednano.unlearning.fisher import row_weights, row_weights_from_sums, weight_fisher
-from fednano.unlearning.targets import without_end
 
 Tuned = Callable[..., NanoEdge]
 

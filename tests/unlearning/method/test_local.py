@@ -18,10 +18,10 @@ from fednano.models.language import LocalLLM
 from fednano.training.answers import answer_losses
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
+from fednano.training.targets import without_end
 from fednano.unlearning.local import LocalSettings, reference_of, refusals, steps
 from fednano.unlearning.methods import get_method, method_names, method_table
 from fednano.unlearning.probe import extraction_likelihoods, token_scores
-from fednano.unlearning.targets import without_end
 
 Tuned = Callable[..., NanoEdge]
 SETTINGS = LocalSettings(steps=12, batch_size=4, learning_rate=0.02)
