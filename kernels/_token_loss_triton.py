@@ -138,6 +138,10 @@ def _kernel(
         a = 0.0
         b = 0.0
         c = 0.0
+    if GRAD:
+        # Every warp has read the label's logit, and the warp that it belongs to writes a gradient over it: none may
+        # write before all have read. (In the interpreter a barrier does nothing.)
+        tl.debug_barrier()
     tl.store(losses + row, loss)
 
     if GRAD:
