@@ -56,6 +56,25 @@ def passes(document: dict[str, Any]) -> str:
     return _table(["Pass", "Samples × tokens", "ms", "Samples/s", "Useful TFLOP/s", "Peak GB"], lines, 2)
 
 
+def two_gpus(document: dict[str, Any]) -> str:
+    """One card against a pipeline over two, and a model that one card cannot hold."""
+    lines = [
+        [
+            row["name"],
+            str(row["workers"]),
+            str(row["clients"]),
+            f"{row['steps_per_second']:.1f}",
+            f"{row['p50_ms']:,.0f}",
+            f"{row['useful_tflops']:.0f}",
+            " + ".join(f"{gb:.1f}" for gb in row["weights_gb"]),
+            " + ".join(f"{gb:.0f}" for gb in row["peak_gb"]),
+        ]
+        for row in _rows(document, "host")
+    ]
+    head = ["Model", "Workers", "Clients", "Steps/s", "p50, ms", "Useful TFLOP/s", "Weights, GB", "Peak GB"]
+    return _table(head, lines)
+
+
 def clients(document: dict[str, Any]) -> str:
     """Steps a second and latencies over clients and lengths."""
     found = _rows(document, "clients")

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import host_tables
+import unlearning_tables
 from results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,18 @@ PAGES = tuple(
     ROOT / page
     for page in (
         "README.md",
-        *(f"docs/{p}.md" for p in ("architecture", "adapters", "aggregation", "benchmarks", "host")),
+        *(
+            f"docs/{p}.md"
+            for p in (
+                "architecture",
+                "adapters",
+                "aggregation",
+                "benchmarks",
+                "host",
+                "privacy",
+                "unlearning",
+            )
+        ),
     )
 )
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -227,6 +239,24 @@ def flowertune(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def privacy(document: dict[str, Any]) -> str:
+    """Accuracy over epsilon: whole clients and single samples protected."""
+    lines = [
+        "| Protected | Noise multiplier | ε | δ | Accuracy, % | Untuned, % | Seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    by_cell: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        by_cell.setdefault((row["unit"], row["noise"]), []).append(row)
+    for (unit, noise), own in sorted(by_cell.items()):
+        spent = "not private" if own[0]["epsilon"] is None else f"{own[0]['epsilon']:.2f}"
+        delta = "-" if own[0]["delta"] is None else f"{own[0]['delta']:.0e}"
+        accuracy = _percent(fmean(row["accuracy"] for row in own))
+        before = _percent(fmean(row["before"] for row in own))
+        lines.append(f"| {unit}s | {noise:g} | {spent} | {delta} | {accuracy} | {before} | {len(own)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("main_job", main_job),
     "wire": ("main_job", wire),
@@ -248,7 +278,13 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "host-wire": ("host", host_tables.wire),
     "host-client": ("host", host_tables.client),
     "host-faults": ("host", host_tables.faults),
+    "host-two-gpus": ("host_two_gpus", host_tables.two_gpus),
     "flowertune": ("flowertune", flowertune),
+    "kernels-gates": ("kernels", gates),
+    "unlearning": ("unlearning", unlearning_tables.federation),
+    "unlearning-gates": ("unlearning", gates),
+    "unlearning-language": ("unlearning", unlearning_tables.language),
+    "privacy": ("privacy", privacy),
 }
 
 
