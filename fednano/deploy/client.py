@@ -17,6 +17,10 @@ __all__ = ["client_up", "node_config"]
 
 # Each message waits for its executor to look for it; Flower's own interval is a second.
 _OFTEN = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
+# When a run is stopped while a SuperNode of Flower 1.41 receives a message of it, the SuperNode says this and keeps the
+# message: it is worked off in the place of the next one, and from then on each answer leaves only when another message
+# comes. All of it lies in memory, so a new process is free of it; what was under way is asked again by the server.
+_BEHIND = "is not in `RUNNING` status. Ignoring message "
 
 
 def client_up(bundle: Path) -> None:
@@ -46,7 +50,11 @@ def client_up(bundle: Path) -> None:
         children = [
             Child("worker", worker, state / "worker.log"),
             Child(
-                "supernode", arguments, state / "supernode.log", flower_environment(state / "flwr") | _OFTEN
+                "supernode",
+                arguments,
+                state / "supernode.log",
+                flower_environment(state / "flwr") | _OFTEN,
+                ailing=_BEHIND,
             ),
         ]
         say(f"{facts['site']}: joining {facts['federation']} at {facts['fleet']}")

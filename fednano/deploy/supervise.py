@@ -40,6 +40,7 @@ class Child:
         log: file that its output is appended to.
         environment: variables on top of this process's.
         now: a clock in seconds.
+        ailing: a text after which the process is of no more use, though it runs: it is ended and started again.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Child:
         log: Path,
         environment: Mapping[str, str] | None = None,
         now: Callable[[], float] = time.monotonic,
+        ailing: str = "",
     ) -> None:
         self.name, self.restarts = name, -1
         self._arguments, self._log, self._now = list(arguments), log, now
@@ -56,6 +58,7 @@ class Child:
         self._environment = {**os.environ, **(environment or {}), _MARK: self.mark}
         self._process: subprocess.Popen[bytes] | None = None
         self._began, self._next, self._pause = 0.0, 0.0, _FIRST_PAUSE_S
+        self._ailing, self._heard = ailing.encode(), 0
 
     @property
     def pid(self) -> int:
@@ -63,13 +66,16 @@ class Child:
         return self._process.pid if self._process is not None and self._process.poll() is None else 0
 
     def tend(self) -> str:
-        """Start the process if it is not running and its pause is over.
+        """Start the process if it is not running and its pause is over, or if what it says is that it must be.
 
         Returns:
             What happened, in words; empty when nothing did.
         """
         if self.pid:
-            return ""
+            if not self._is_ailing():
+                return ""
+            self.stop()
+            return f"{self.name} said what it does not recover from, and is started again (log: {self._log})"
         moment, said = self._now(), ""
         if self._process is not None:
             status = self._process.returncode
@@ -84,6 +90,7 @@ class Child:
             return said
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
+            self._heard = log.tell()
             self._process = subprocess.Popen(
                 self._arguments,
                 stdin=subprocess.DEVNULL,
@@ -95,6 +102,20 @@ class Child:
         self._began = moment
         self.restarts += 1
         return said or f"{self.name} started, process {self._process.pid}"
+
+    def _is_ailing(self) -> bool:
+        """Whether the text is in what it has said since the last look. Lines that are not whole yet are left."""
+        if not self._ailing:
+            return False
+        try:
+            with self._log.open("rb") as log:
+                log.seek(self._heard)
+                news = log.read()
+        except OSError:
+            return False
+        whole = news[: news.rfind(b"\n") + 1]
+        self._heard += len(whole)
+        return self._ailing in whole
 
     def stop(self, seconds: float = 15.0) -> None:
         """End the process and what it started: asked first, killed after ``seconds``."""

@@ -97,6 +97,34 @@ def test_a_child_that_will_not_end_is_killed(tmp_path: Path) -> None:
     assert not alive(pid)
 
 
+def test_a_child_that_says_that_it_is_lost_is_started_again(tmp_path: Path) -> None:
+    log, word = tmp_path / "child.log", tmp_path / "word"
+    code = (
+        "import pathlib, sys, time\n"
+        "print('Ignoring reply', flush=True)\n"
+        f"while not pathlib.Path({str(word)!r}).exists(): time.sleep(0.02)\n"
+        "print('Ignoring mess', end='', flush=True); time.sleep(0.3); print('age 7', flush=True)\n"
+        f"{SLEEP}"
+    )
+    one = Child("child", [sys.executable, "-c", code], log, ailing="Ignoring message ")
+    one.tend()
+    wait(lambda: log.exists() and "reply" in log.read_text())
+    first = one.pid
+    assert one.tend() == "", "other words change nothing"
+    word.touch()
+    said = ""
+    deadline = time.monotonic() + 20
+    while not said and time.monotonic() < deadline:
+        said = one.tend()
+    assert "is started again" in said
+    assert not alive(first)
+    word.unlink()
+    assert "started, process" in one.tend()
+    assert one.pid not in (0, first)
+    assert one.tend() == "", "what the process before said is not held against it"
+    one.stop()
+
+
 def test_what_a_child_says_is_kept(tmp_path: Path) -> None:
     one = child(tmp_path, "print('hello'); raise SystemExit('bad')")
     one.tend()
@@ -145,3 +173,14 @@ def test_a_second_signal_does_not_leave_children_behind(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert process.wait(60) == 0
     assert not alive(pid)
+
+
+def test_flower_still_says_what_is_waited_for() -> None:
+    """The words stand in Flower's source as a format, with the run before and the message behind them."""
+    import inspect
+
+    from flwr.supernode import start_client_internal
+
+    from fednano.deploy.client import _BEHIND
+
+    assert f'"Run ID %s {_BEHIND}%s."' in inspect.getsource(start_client_internal)
