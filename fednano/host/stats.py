@@ -16,11 +16,11 @@ class Stats:
     left or its deadline passed); ``batches``, ``batched_requests`` (those that shared a pass) and ``batches_split``
     (for want of memory).
     Those that also fall: ``in_flight`` (requests admitted), ``buffered_bytes`` (their tensors) and ``waiting`` (steps
-    received and not yet computed).
+    received and not yet computed). These stand at 0 from the start, so that a reader finds them on an idle host too.
     """
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(in_flight=0, buffered_bytes=0, waiting=0)
 
     def add(self, name: str, amount: int = 1) -> None:
         """Raise (or, by a negative amount, lower) a counter."""
@@ -31,5 +31,5 @@ class Stats:
         return self._counts[name]
 
     def snapshot(self) -> dict[str, int]:
-        """All counters that were ever raised."""
+        """All counters that were ever raised, and those that also fall."""
         return dict(self._counts)

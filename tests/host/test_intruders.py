@@ -300,7 +300,7 @@ def test_announced_gigabytes_are_refused_before_they_are_received(
             outcome(calls.Step(iter([step_header(5), rubbish]), metadata=metadata, timeout=10))
             == "RESOURCE_EXHAUSTED"
         )
-    assert host.stats().get("buffered_bytes", 0) <= LIMITS.max_buffered_bytes
+    assert host.stats()["buffered_bytes"] <= LIMITS.max_buffered_bytes
     neighbour()
 
 

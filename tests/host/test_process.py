@@ -42,10 +42,10 @@ class Call(threading.Thread):
     def __init__(self, remote: RemoteLLM, watch: RemoteLLM | None = None) -> None:
         super().__init__()
         self.remote, self.result = remote, None
-        self.before = watch.stats().get("in_flight", 0) if watch else 0
+        self.before = watch.stats()["in_flight"] if watch else 0
         self.start()
         if watch:
-            wait_for(lambda: watch.stats().get("in_flight", 0) > self.before)
+            wait_for(lambda: watch.stats()["in_flight"] > self.before)
 
     def run(self) -> None:
         try:

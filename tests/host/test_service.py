@@ -301,7 +301,7 @@ def test_a_client_that_leaves_frees_its_place(local: LocalLLM) -> None:
             hold.wait(20)
 
         call = LanguageHostStub(channel).Step(frames(), timeout=20)
-        wait_for(lambda: host.stats().get("in_flight", 0) == 1)
+        wait_for(lambda: host.stats()["in_flight"] == 1)
         call.cancel()
         hold.set()
         wait_for(lambda: host.stats()["in_flight"] == 0)
