@@ -49,7 +49,7 @@ def gates(rows: Sequence[Mapping[str, Any]], shape: Shape) -> list[Gate]:
     if within:
         found.append(Gate(f"peak GB at 8 x {long}", min(row["peak_gb"] for row in within), 26.0, "<="))
     sizes = {row["name"]: row["bytes_per_sample_step"] for row in pick("bytes")}
-    for name in ("factored", "factored, image stream alone", "factored, int8"):
+    for name in ("factored", "factored, lossless", "factored, image stream alone", "factored, int8"):
         if "full" in sizes and name in sizes:
             found.append(
                 Gate(

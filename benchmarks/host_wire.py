@@ -68,6 +68,7 @@ def exchanges(shape: Shape, connect: Any, head: torch.nn.Module) -> list[dict[st
 
     for name, options in (
         ("full", {"wire_dtype": narrow}),
+        ("full, lossless", {"wire_dtype": narrow, "lossless": True}),
         ("full, int8", {"wire_dtype": torch.int8}),
         ("label-private", {"wire_dtype": narrow, "head": head}),
     ):
@@ -81,8 +82,12 @@ def exchanges(shape: Shape, connect: Any, head: torch.nn.Module) -> list[dict[st
 
             count(name, llm, full)
     for streams in (2, 1):
-        for name, wire in (("factored", narrow), ("factored, int8", torch.int8)):
-            with connect(wire_dtype=wire, factored=True) as llm:
+        for name, wire, lossless in (
+            ("factored", narrow, False),
+            ("factored, lossless", narrow, True),
+            ("factored, int8", torch.int8, False),
+        ):
+            with connect(wire_dtype=wire, factored=True, lossless=lossless) as llm:
                 batch = factored_batch(shape, streams)
 
                 def low(llm: RemoteLLM = llm, batch: FactoredBatch = batch) -> None:

@@ -356,8 +356,9 @@ def _check_wire(config: RunConfig, sizes: dict[str, int], lengths: list[int]) ->
         if config.exchange == "factored":
             up = config.rank * (mean + sizes["width"]) * number  # see docs/architecture.md
         run = 2 * up * config.samples * config.clients * config.rounds
+        sign = "less than" if config.wire_lossless else "about"
         text = (
-            f"about {_bytes(up)} a sample and step each way ({mean:.0f} tokens of width {sizes['width']}, "
+            f"{sign} {_bytes(up)} a sample and step each way ({mean:.0f} tokens of width {sizes['width']}, "
             f"{config.wire_dtype}, exchange {config.exchange}), {_bytes(run)} in {config.rounds} rounds"
         )
         found.append(Check("wire", "activations", "ok", text, {"up": up, "run": run, "tokens": mean}))

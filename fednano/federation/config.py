@@ -192,6 +192,11 @@ class RunConfig:
     wire_dtype: str = _setting(
         "float32", "number format of activations on the wire: float32, bfloat16, float16, int8"
     )
+    wire_lossless: bool = _setting(
+        False,
+        "leave out what repeats itself in activations on the wire: the same bits in a third fewer bytes (bfloat16) "
+        "or a sixth (float32), for some CPU",
+    )
     exchange: str = _setting(
         "full",
         "what a step carries: 'full', embeddings and their gradients; 'factored', low-rank parts of samples that the "

@@ -147,6 +147,7 @@ def connect(config: RunConfig, ticket: HostTicket, own: Credentials | None = Non
         client_certificate=own.certificate if own else None,
         insecure=own is None and not ticket.root_certificates,
         wire_dtype=getattr(torch, config.wire_dtype),
+        lossless=config.wire_lossless,
         factored=config.exchange == "factored",
         head=head,
         retry_seconds=config.host_retry,

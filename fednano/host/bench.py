@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=1, help="of a request (%(default)s)")
     add("--seconds", type=float, default=3.0, help="of each measurement (%(default)s)")
     add("--wire-dtype", default="float32", choices=("float32", "bfloat16", "float16", "int8"))
+    add("--lossless", action="store_true", help="leave out what repeats itself on the wire, to the same bits")
     add("--processes", type=int, default=4, help="that play the clients (%(default)s)")
     add("--json", action="store_true", help="print rows of JSON instead of a table")
     add("host_options", nargs="*", help=argparse.SUPPRESS)
@@ -103,6 +104,7 @@ def _measure(options: argparse.Namespace) -> int:
                     samples=options.samples,
                     dtype="float32" if wire == "int8" else wire,
                     wire=wire,
+                    lossless=options.lossless,
                 )
                 found = drivers.run(load)
                 row = row_of(load, found)

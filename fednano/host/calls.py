@@ -24,6 +24,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -34,7 +35,7 @@ from fednano.host import codec
 from fednano.host.limits import HostLimits
 from fednano.host.logs import event
 from fednano.host.names import MISSING_KEY, REASON_KEY
-from fednano.host.pool import BusyError
+from fednano.host.pool import BusyError, ComputePool
 from fednano.host.quota import Quotas
 from fednano.host.security import Claims, TokenRefusedError, TokenVerifier, parse_bearer
 from fednano.host.stats import Stats
@@ -55,14 +56,21 @@ class Calls:
         limits: bounds on one request.
         stats: where to count.
         verifier: checks tokens; ``None`` admits everybody.
+        pool: has the threads that take coded chunks apart.
         locked: whether a GPU reads what is received.
     """
 
     def __init__(
-        self, limits: HostLimits, stats: Stats, verifier: TokenVerifier | None, *, locked: bool = False
+        self,
+        limits: HostLimits,
+        stats: Stats,
+        verifier: TokenVerifier | None,
+        pool: ComputePool,
+        *,
+        locked: bool = False,
     ) -> None:
         self._limits, self._stats, self._verifier, self._locked = limits, stats, verifier, locked
-        self._quotas = Quotas()
+        self._pool, self._quotas = pool, Quotas()
 
     async def _header(self, context: Context, trace: Trace) -> Any:
         message = await self._next(context, trace.call)
@@ -84,10 +92,12 @@ class Calls:
                 # The stream of a caller that left ends first; that it was cancelled is known a moment later.
                 await asyncio.sleep(_LEAVE_SECONDS)
                 buffer.take(0)  # says how many bytes are missing
-            elif message.WhichOneof("frame") != "chunk":
-                raise HostRefused(f"{call}: got a second header, expected chunks")
-            else:
+            elif (frame := message.WhichOneof("frame")) == "chunk":
                 buffer.add(message.chunk)
+            elif frame == "coded":
+                await self._pool.carry(partial(buffer.add_coded, message.coded))
+            else:
+                raise HostRefused(f"{call}: got a second header, expected chunks")
         return buffer
 
     async def _next(self, context: Context, call: str) -> Any:

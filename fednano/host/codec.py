@@ -10,20 +10,23 @@ batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fednano.errors import HostRefused
+from fednano.host.planes import Bytes, expand, squeeze
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.models.images import Images, ImageSpan, check_images
 
 __all__ = [
     "Assembler",
-    "chunks",
+    "Bytes",
+    "Chunking",
     "decode",
     "decode_doubles",
     "decode_labels",
@@ -42,7 +45,7 @@ __all__ = [
     "wire_dtype",
 ]
 
-Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint8]]
+M = TypeVar("M")
 _DTYPES = {
     pb.FLOAT32: torch.float32,
     pb.BFLOAT16: torch.bfloat16,
@@ -226,9 +229,23 @@ def views(parts: Sequence[memoryview], size: int) -> Iterator[memoryview]:
             yield part[start : start + size]
 
 
-def chunks(parts: Sequence[memoryview], size: int) -> Iterator[bytes]:
-    """The same as copies."""
-    return map(bytes, views(parts, size))
+@dataclass(frozen=True)
+class Chunking:
+    """How tensors are cut into messages.
+
+    Attributes:
+        nbytes: size of a chunk.
+        lossless: whether redundancy is left out where there is some, see `fednano.host.planes`.
+    """
+
+    nbytes: int
+    lossless: bool = False
+
+    def messages(self, kind: Callable[..., M], parts: Sequence[memoryview]) -> Iterator[M]:
+        """``parts``, laid end to end, as messages of ``kind`` with a ``chunk`` or ``coded`` each."""
+        for view in views(parts, self.nbytes):
+            coded = squeeze(view) if self.lossless else None
+            yield kind(chunk=bytes(view)) if coded is None else kind(coded=coded)
 
 
 class Assembler:
@@ -254,20 +271,42 @@ class Assembler:
         """Whether all announced bytes are there."""
         return self._at == len(self._memory)
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | Bytes) -> None:
         """Append one chunk.
 
         Raises:
             HostRefused: the chunk is empty, or runs over the announced length.
         """
         end = self._at + len(chunk)
-        if not chunk or end > len(self._memory):
+        if not len(chunk) or end > len(self._memory):
             raise HostRefused(
                 f"{self._what}: got a chunk of {len(chunk)} bytes at byte {self._at}, "
                 f"expected {len(self._memory)} bytes in all, as the header says"
             )
         self._memory[self._at : end] = np.frombuffer(chunk, dtype=np.uint8)
         self._at = end
+
+    def add_coded(self, coded: bytes) -> None:
+        """Append one coded chunk.
+
+        Raises:
+            HostRefused: it is not one, or runs over the announced length.
+        """
+        room = len(self._memory) - self._at
+        if room == 0:
+            raise HostRefused(f"{self._what}: got a chunk after all {self._at} bytes had come")
+        self.add(expand(coded, room))
+
+    def add_frame(self, message: Any) -> None:
+        """Append what a message holds in ``chunk`` or ``coded``.
+
+        Raises:
+            HostRefused: as `add` and `add_coded`; of another message, that it is empty.
+        """
+        if message.WhichOneof("frame") == "coded":
+            self.add_coded(message.coded)
+        else:
+            self.add(message.chunk)
 
     def take(self, nbytes: int, offset: int = 0) -> Bytes:
         """Bytes ``[offset, offset + nbytes)`` of the finished buffer.

@@ -46,6 +46,7 @@ class Load:
         answers: labelled tokens at the end of each sample.
         dtype: of embeddings, and on the wire.
         wire: another type on the wire, or empty.
+        lossless: whether chunks travel coded, see `fednano.host.planes`.
         retry_seconds: how long a refused step is repeated.
         seed: of the first client's numbers; the next client's is one higher.
         keep_gradients: folder for each client's last gradient, or empty.
@@ -61,6 +62,7 @@ class Load:
     answers: int = 8
     dtype: str = "float32"
     wire: str = ""
+    lossless: bool = False
     retry_seconds: float = 60.0
     seed: int = 0
     keep_gradients: str = ""
@@ -208,6 +210,7 @@ def _connect(load: Load) -> RemoteLLM:
         root_certificates=root,
         insecure=root is None,
         wire_dtype=getattr(torch, load.wire or load.dtype),
+        lossless=load.lossless,
         retry_seconds=load.retry_seconds,
         timeout_s=300.0,
     )

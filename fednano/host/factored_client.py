@@ -69,14 +69,16 @@ class FactoredExchange:
         channel: where to send.
         info: of the host.
         dtype: of z on the wire: float32, bfloat16 or int8.
-        chunk_bytes: size of the pieces in which tensors are sent.
+        chunking: how tensors are sent, and may come back.
 
     Raises:
         ConfigError: another dtype.
     """
 
-    def __init__(self, channel: HostChannel, info: HostInfo, dtype: torch.dtype, chunk_bytes: int) -> None:
-        self._channel, self._info, self._dtype, self._chunk_bytes = channel, info, dtype, chunk_bytes
+    def __init__(
+        self, channel: HostChannel, info: HostInfo, dtype: torch.dtype, chunking: codec.Chunking
+    ) -> None:
+        self._channel, self._info, self._dtype, self._chunking = channel, info, dtype, chunking
         self._kept_dtype = kept_dtype(dtype)
         self._sent: set[bytes] = set()
         self._keys: dict[Hashable, bytes] = {}
@@ -109,6 +111,7 @@ class FactoredExchange:
                 ranks=ranks,
                 want_gradient=want,
                 weights=[] if weights is None else weights.tolist(),
+                lossless=self._chunking.lossless,
             )
             body = encode_parts(z, up, self._dtype)
             nbytes = parts_bytes(counts, ranks, self._info.hidden_size, self._dtype) if want else 0
@@ -163,8 +166,7 @@ class FactoredExchange:
 
         def frames() -> Iterator[pb.FactoredRequest]:
             yield pb.FactoredRequest(header=header)
-            for chunk in codec.chunks(body, self._chunk_bytes):
-                yield pb.FactoredRequest(chunk=chunk)
+            yield from self._chunking.messages(pb.FactoredRequest, body)
 
         def attempt(exchange: Exchange) -> tuple[pb.StepResult, codec.Assembler]:
             return receive_step(exchange.stream(frames(), pb.StepReply), nbytes)
@@ -206,8 +208,7 @@ class FactoredExchange:
 
         def frames() -> Iterator[pb.KeepRequest]:
             yield pb.KeepRequest(header=header)
-            for chunk in codec.chunks(body, self._chunk_bytes):
-                yield pb.KeepRequest(chunk=chunk)
+            yield from self._chunking.messages(pb.KeepRequest, body)
 
         def attempt(exchange: Exchange) -> list[pb.KeepReply]:
             return list(exchange.stream(frames(), pb.KeepReply))

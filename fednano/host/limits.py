@@ -85,6 +85,7 @@ class HostInfo:
         limits: bounds on one request (those on the host as a whole stay at their defaults here).
         version: of the host's software.
         images: what the model makes of image spans: ``"plain"``, ``"grid"`` or ``"block"``.
+        lossless: whether chunks may travel coded, see `fednano.host.planes`.
     """
 
     fingerprint: str
@@ -98,3 +99,4 @@ class HostInfo:
     limits: HostLimits
     version: str
     images: str = "plain"
+    lossless: bool = False

@@ -30,12 +30,14 @@ class PrivateRequests(Requests):
     Args:
         channel: where to send.
         info: of the host.
-        chunk_bytes: size of the pieces in which tensors are sent.
+        chunking: how tensors are sent, and may come back.
         head: maps hidden states ``(..., d)`` to logits; that of the host's model.
     """
 
-    def __init__(self, channel: HostChannel, info: HostInfo, chunk_bytes: int, head: nn.Module) -> None:
-        super().__init__(channel, info, chunk_bytes)
+    def __init__(
+        self, channel: HostChannel, info: HostInfo, chunking: codec.Chunking, head: nn.Module
+    ) -> None:
+        super().__init__(channel, info, chunking)
         self._head = head
 
     def step(
@@ -62,6 +64,7 @@ class PrivateRequests(Requests):
             embeds=packed,
             labelled=keep.nonzero().flatten().tolist(),
             want_gradient=want_gradient,
+            lossless=self._chunking.lossless,
         )
         width = rows.shape[1]
         sizes = [n * codec.row_bytes(dtype, width) for n in (sum(counts), len(rows))]
@@ -71,8 +74,7 @@ class PrivateRequests(Requests):
 
             def frames() -> Iterator[pb.PrivateRequest]:
                 yield pb.PrivateRequest(header=header)
-                for chunk in codec.chunks([data], self._chunk_bytes):
-                    yield pb.PrivateRequest(chunk=chunk)
+                yield from self._chunking.messages(pb.PrivateRequest, [data])
                 # gRPC runs this on a thread of its own; None ends it.
                 while (frame := outbox.get()) is not None:
                     yield frame
@@ -85,8 +87,8 @@ class PrivateRequests(Requests):
                     return losses, None
                 back, body = codec.pack(gradient, dtype, counts)
                 outbox.put(pb.PrivateRequest(gradient=back))
-                for chunk in codec.chunks([body], self._chunk_bytes):
-                    outbox.put(pb.PrivateRequest(chunk=chunk))
+                for frame in self._chunking.messages(pb.PrivateRequest, [body]):
+                    outbox.put(frame)
                 return losses, _receive(replies, "gradient", sizes[1], dtype, width)
             finally:
                 outbox.put(None)
@@ -120,5 +122,5 @@ def _receive(
     packed: pb.Packed = getattr(first, what)
     buffer = codec.Assembler(nbytes, f"reply to private step, {what}")
     while not buffer.complete and (reply := next(replies, None)) is not None:
-        buffer.add(reply.chunk)
+        buffer.add_frame(reply)
     return codec.decode_rows(buffer.take(nbytes), dtype, width, packed.scale)

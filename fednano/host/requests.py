@@ -43,6 +43,7 @@ def host_info(reply: pb.DescribeReply) -> HostInfo:
         ),
         version=reply.version,
         images=reply.images or "plain",
+        lossless=reply.lossless,
     )
 
 
@@ -84,7 +85,7 @@ def receive_step(replies: Iterator[pb.StepReply], nbytes: int) -> tuple[pb.StepR
         if reply.WhichOneof("frame") == "header":
             result = reply.header
         else:
-            buffer.add(reply.chunk)
+            buffer.add_frame(reply)
     return result, buffer
 
 
@@ -94,11 +95,11 @@ class Requests:
     Args:
         channel: where to send.
         info: of the host.
-        chunk_bytes: size of the pieces in which tensors are sent.
+        chunking: how tensors are sent, and may come back.
     """
 
-    def __init__(self, channel: HostChannel, info: HostInfo, chunk_bytes: int) -> None:
-        self._channel, self._info, self._chunk_bytes = channel, info, chunk_bytes
+    def __init__(self, channel: HostChannel, info: HostInfo, chunking: codec.Chunking) -> None:
+        self._channel, self._info, self._chunking = channel, info, chunking
 
     def step(
         self,
@@ -133,14 +134,14 @@ class Requests:
             objective=objective,
             embeds=packed,
             want_gradient=want_gradient,
+            lossless=self._chunking.lossless,
         )
         body = [data, codec.raw(labels.int())]
         nbytes = len(rows) * codec.row_bytes(dtype, rows.shape[1]) if want_gradient else 0
 
         def frames() -> Iterator[pb.StepRequest]:
             yield pb.StepRequest(header=header)
-            for chunk in codec.chunks(body, self._chunk_bytes):
-                yield pb.StepRequest(chunk=chunk)
+            yield from self._chunking.messages(pb.StepRequest, body)
 
         def attempt(exchange: Exchange) -> tuple[pb.StepResult, codec.Assembler]:
             return receive_step(exchange.stream(frames(), pb.StepReply), nbytes)
@@ -184,8 +185,7 @@ class Requests:
 
         def frames() -> Iterator[pb.StepRequest]:
             yield pb.StepRequest(header=header)
-            for chunk in codec.chunks(body, self._chunk_bytes):
-                yield pb.StepRequest(chunk=chunk)
+            yield from self._chunking.messages(pb.StepRequest, body)
 
         def attempt(exchange: Exchange) -> codec.Assembler:
             return receive_step(exchange.stream(frames(), pb.StepReply), nbytes)[1]
@@ -228,15 +228,14 @@ class Requests:
         eos = torch.tensor(self._info.eos_token_ids, dtype=torch.int64)
 
         def attempt(exchange: Exchange) -> Tensor:
-            outbox: SimpleQueue[bytes | None] = SimpleQueue()
+            outbox: SimpleQueue[pb.GenerateRequest | None] = SimpleQueue()
 
             def frames() -> Iterator[pb.GenerateRequest]:
                 yield pb.GenerateRequest(header=header)
-                for chunk in codec.chunks([data], self._chunk_bytes):
-                    yield pb.GenerateRequest(chunk=chunk)
+                yield from self._chunking.messages(pb.GenerateRequest, [data])
                 # gRPC runs this on a thread of its own; None ends it.
-                while (chunk_or_end := outbox.get()) is not None:
-                    yield pb.GenerateRequest(chunk=chunk_or_end)
+                while (frame := outbox.get()) is not None:
+                    yield frame
 
             tokens = torch.full((len(lengths), max_new_tokens), self._info.pad_token_id)
             ended = torch.zeros(len(lengths), dtype=torch.bool)
@@ -251,8 +250,9 @@ class Requests:
                     if embed is not None and step + 1 < max_new_tokens and not bool(ended.all()):
                         new = embed(last)
                         check_token_embeds(new, len(lengths), rows.shape[1])
-                        for chunk in codec.chunks([codec.encode_rows(new, dtype)], self._chunk_bytes):
-                            outbox.put(chunk)
+                        own = [codec.encode_rows(new, dtype)]
+                        for frame in self._chunking.messages(pb.GenerateRequest, own):
+                            outbox.put(frame)
             finally:
                 outbox.put(None)
             return tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fednano import __version__
@@ -27,7 +28,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import TokenVerifier
 from fednano.host.stats import Stats
-from fednano.host.wire import chunk_message
+from fednano.host.wire import chunk_message, coded_message
 from fednano.models.language import LocalLLM
 
 __all__ = ["LanguageHost"]
@@ -66,8 +67,8 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         keep_graphs: int = 8,
     ) -> None:
         self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens, linger_seconds=linger_seconds)
-        Calls.__init__(self, limits, stats, verifier, locked=llm.device.type == "cuda")
-        self._llm, self._pool, self._chunk_bytes = llm, pool, chunk_bytes
+        Calls.__init__(self, limits, stats, verifier, pool, locked=llm.device.type == "cuda")
+        self._llm, self._chunk_bytes = llm, chunk_bytes
         self._graphs, self._lane = Graphs(keep_graphs), Lane(llm.device)
         self._kept = kept if kept is not None else KeptSamples()
 
@@ -94,6 +95,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                 ),
                 version=__version__,
                 images=part.image_use,
+                lossless=True,
             )
         raise AssertionError("unreachable")
 
@@ -117,7 +119,8 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     lambda: step_job(self._llm, header, buffer),
                     header.request_id[:64],
                 )
-                await self._reply(context, "step", await self._steps.run(ask, trace.peer))
+                reply = await self._steps.run(ask, trace.peer)
+                await self._reply(context, "step", reply, lossless=header.lossless)
             self._count(trace, header.embeds.lengths)
 
     async def PrivateStep(self, request: Any, context: Context) -> None:  # noqa: N802
@@ -136,7 +139,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     if keep:
                         self._graphs.add(step.step)
                     await self._send(context, "private_step", pb.PrivateReply(hidden=hidden))
-                    await self._chunks(context, data)
+                    await self._chunks(context, "private_step", [data], header.lossless)
                     if header.want_gradient:
                         back = await self._next(context, "private_step")
                         if back is None or back.WhichOneof("frame") != "gradient":
@@ -151,14 +154,10 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                         gradient, data = await self._work(lambda: step.backward(back.gradient, own))
                         self._stats.add("private_step_replayed", step.step.replayed)
                         await self._send(context, "private_step", pb.PrivateReply(gradient=gradient))
-                        await self._chunks(context, data)
+                        await self._chunks(context, "private_step", [data], header.lossless)
                 finally:
                     self._graphs.remove(step.step)
             self._count(trace, packed.lengths)
-
-    async def _chunks(self, context: Context, data: memoryview) -> None:
-        for chunk in codec.views([data], self._chunk_bytes):
-            await self._send(context, "private_step", chunk_message(chunk))
 
     async def _work(self, work: Callable[[], T]) -> T:
         """Run on a worker what the device computes, and wait until it has."""
@@ -177,7 +176,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             async with self._admitted(trace, body):
                 buffer = await self._receive(context, "score", body)
                 scores = await self._pool.run(lambda: compute_scores(self._llm, header, buffer))
-                await self._reply(context, "score", (pb.StepResult(), [scores]))
+                await self._reply(context, "score", (pb.StepResult(), [scores]), lossless=header.lossless)
             self._count(trace, header.embeds.lengths)
 
     async def Keep(self, request: Any, context: Context) -> None:  # noqa: N802
@@ -217,14 +216,21 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     lambda: factored_job(self._llm, header, samples, buffer),
                     header.request_id[:64],
                 )
-                await self._reply(context, "factored_step", await self._steps.run(ask, trace.peer))
+                reply = await self._steps.run(ask, trace.peer)
+                await self._reply(context, "factored_step", reply, lossless=header.lossless)
             self._count(trace, lengths)
 
-    async def _reply(self, context: Context, call: str, reply: Reply) -> None:
+    async def _reply(self, context: Context, call: str, reply: Reply, *, lossless: bool) -> None:
         header, parts = reply
         await self._send(context, call, pb.StepReply(header=header))
+        await self._chunks(context, call, parts, lossless)
+
+    async def _chunks(self, context: Context, call: str, parts: Sequence[memoryview], lossless: bool) -> None:
         for chunk in codec.views(parts, self._chunk_bytes):
-            await self._send(context, call, chunk_message(chunk))
+            message = (
+                await self._pool.carry(partial(coded_message, chunk)) if lossless else chunk_message(chunk)
+            )
+            await self._send(context, call, message)
 
     @asynccontextmanager
     async def _admitted(self, trace: Trace, nbytes: int) -> AsyncIterator[None]:

@@ -6,10 +6,12 @@ import threading
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-__all__ = ["Meter", "Wire", "WireCount", "chunk_message", "wire_bytes"]
+from fednano.host.planes import squeeze
 
-_CHUNK_TAG = b"\x12"
-"""Field 2, bytes: what a chunk is in every message that has one."""
+__all__ = ["Meter", "Wire", "WireCount", "chunk_message", "coded_message", "wire_bytes"]
+
+_CHUNK_TAG, _CODED_TAG = b"\x12", b"\x22"
+"""Fields 2 and 4, bytes: what a chunk and a coded one are in every message that has one."""
 
 
 def chunk_message(part: memoryview) -> bytes:
@@ -20,10 +22,16 @@ def chunk_message(part: memoryview) -> bytes:
     return b"".join((_CHUNK_TAG, _varint(len(part)), part))
 
 
+def coded_message(part: memoryview) -> bytes:
+    """The same with ``part`` coded, where that makes it shorter."""
+    coded = squeeze(part)
+    return chunk_message(part) if coded is None else b"".join((_CODED_TAG, _varint(len(coded)), coded))
+
+
 def wire_bytes(message: Any) -> int:
     """Serialised length of a message, without serialising its chunk as ``ByteSize`` does."""
     present = message.ListFields()
-    if len(present) == 1 and present[0][0].name == "chunk":
+    if len(present) == 1 and present[0][0].name in ("chunk", "coded"):
         length = len(present[0][1])
         return len(_CHUNK_TAG) + len(_varint(length)) + length
     size: int = message.ByteSize()

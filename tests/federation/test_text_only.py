@@ -71,6 +71,18 @@ def test_a_text_only_model_is_tuned_and_a_host_changes_no_bit(words: dict[str, A
         export_run(str(run), "peft", runs_dir=Path(words["runs_dir"]))
 
 
+def test_a_lossless_wire_carries_fewer_bytes_to_the_same_adapter(words: dict[str, Any]) -> None:
+    tuned, moved = [], []
+    for lossless in (False, True):
+        config = RunConfig(**words, wire_dtype="bfloat16", wire_lossless=lossless)
+        run = simulate(config, backend="inprocess", view=make_view("quiet"))
+        tuned.append((run / "adapter.safetensors").read_bytes())
+        sizes = json.loads((run / "summary.json").read_text())["bytes"]
+        moved.append([sizes[f"activation_{way}_per_sample_step"] for way in ("up", "down")])
+    assert tuned[0] == tuned[1]
+    assert all(coded < 0.85 * plain for plain, coded in zip(*moved, strict=True))
+
+
 def test_labels_that_stay_at_the_clients_change_nothing(words: dict[str, Any]) -> None:
     tuned = []
     for exchange in ("full", "label-private"):

@@ -32,6 +32,8 @@ from fednano.federation.messages import Reply, decode_tensors, encode_tensors
 from fednano.federation.uplink import codec_for, pack_fisher, pack_update, unpack_fisher, unpack_update
 from fednano.host import HostLimits
 from fednano.host.calls import Trace
+from fednano.host.codec import raw
+from fednano.host.planes import expand, squeeze
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.security import TokenRefusedError, parse_bearer
@@ -282,6 +284,22 @@ def test_host_headers(service: LanguageHost, kind: str, data: st.DataObject) -> 
     with contextlib.suppress(DecodeError, HostRefused):
         header = type(good).FromString(data.draw(damaged(good.SerializeToString())))
         assert 0 < sizes(service, header) <= 1 << 20
+
+
+@given(data=st.data())
+@fuzzed
+def test_coded_chunks(data: st.DataObject) -> None:
+    """What comes apart has the announced size; what is not coded as it says is refused."""
+    numbers = torch.randn(2_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    good = squeeze(raw(numbers))
+    assert good is not None
+    room = data.draw(st.sampled_from([1, 3_999, 4_000, 1 << 30]))
+    coded = data.draw(damaged(good))
+    try:
+        found = expand(coded, room)
+    except HostRefused:
+        return
+    assert len(found) == int.from_bytes(coded[:4], "little") <= room
 
 
 @given(data=st.data())

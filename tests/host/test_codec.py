@@ -67,10 +67,10 @@ def test_bytes_are_little_endian() -> None:
 def test_chunks_reassemble(sizes: list[int], size: int) -> None:
     parts = [memoryview(bytes(range(i, i + n))) for i, n in enumerate(sizes)]
     buffer = codec.Assembler(sum(sizes), "test")
-    for chunk in codec.chunks(parts, size):
-        assert 0 < len(chunk) <= size
+    for message in codec.Chunking(size).messages(pb.StepRequest, parts):
+        assert 0 < len(message.chunk) <= size
         assert not buffer.complete
-        buffer.add(chunk)
+        buffer.add_frame(message)
     assert buffer.complete
     assert bytes(buffer.take(sum(sizes))) == b"".join(parts)
 

@@ -163,6 +163,21 @@ def test_narrow_wire_types(
         RemoteLLM(host.address, insecure=True, factored=True, wire_dtype=torch.float16)
 
 
+def test_coded_chunks_change_no_bit(parts: Parts, host: RunningHost, samples: list[Sample]) -> None:
+    found, moved = [], []
+    for lossless in (False, True):
+        nano = edge_with(parts, "nano", rank=4)
+        data = ClientData(samples, nano, FeatureCache(nano.edge))
+        with RemoteLLM(
+            host.address, insecure=True, factored=True, wire_dtype=torch.bfloat16, lossless=lossless
+        ) as remote:
+            _, got, _, _ = full_and_factored(nano, parts[1], remote, data, [0, 1, 2, 3], torch.ones(4))
+            found.append(got)
+            moved.append((remote.wire.step.sent_bytes, remote.wire.step.received_bytes))
+    assert all(torch.equal(found[0][leaf], found[1][leaf]) for leaf in found[0])
+    assert moved[1][0] < 0.85 * moved[0][0]  # kept samples are coded as well
+
+
 def test_what_the_host_let_go_of_is_sent_again(parts: Parts, samples: list[Sample]) -> None:
     nano = edge_with(parts, "nano", rank=2)
     data = ClientData(samples, nano, FeatureCache(nano.edge))

@@ -52,7 +52,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("fingerprint", "hidden_size", "vocab_size", "max_positions", "dtype", "eos_token_ids", "pad_token_id", "objectives", "limits", "version", "images")
+    __slots__ = ("fingerprint", "hidden_size", "vocab_size", "max_positions", "dtype", "eos_token_ids", "pad_token_id", "objectives", "limits", "version", "images", "lossless")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class DescribeReply(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
     hidden_size: int
     vocab_size: int
@@ -75,7 +76,8 @@ class DescribeReply(_message.Message):
     limits: Limits
     version: str
     images: str
-    def __init__(self, fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_positions: _Optional[int] = ..., dtype: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pad_token_id: _Optional[int] = ..., objectives: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[str] = ..., images: _Optional[str] = ...) -> None: ...
+    lossless: bool
+    def __init__(self, fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_positions: _Optional[int] = ..., dtype: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pad_token_id: _Optional[int] = ..., objectives: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[str] = ..., images: _Optional[str] = ..., lossless: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_batch", "max_tokens", "max_new_tokens", "max_request_bytes")
@@ -107,34 +109,40 @@ class StatsReply(_message.Message):
     def __init__(self, counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "coded")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     header: StepHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[StepHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, header: _Optional[_Union[StepHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class StepHeader(_message.Message):
-    __slots__ = ("request_id", "fingerprint", "objective", "embeds", "want_gradient")
+    __slots__ = ("request_id", "fingerprint", "objective", "embeds", "want_gradient", "lossless")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     EMBEDS_FIELD_NUMBER: _ClassVar[int]
     WANT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     fingerprint: str
     objective: str
     embeds: Packed
     want_gradient: bool
-    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., objective: _Optional[str] = ..., embeds: _Optional[_Union[Packed, _Mapping]] = ..., want_gradient: _Optional[bool] = ...) -> None: ...
+    lossless: bool
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., objective: _Optional[str] = ..., embeds: _Optional[_Union[Packed, _Mapping]] = ..., want_gradient: _Optional[bool] = ..., lossless: _Optional[bool] = ...) -> None: ...
 
 class StepReply(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "coded")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     header: StepResult
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[StepResult, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, header: _Optional[_Union[StepResult, _Mapping]] = ..., chunk: _Optional[bytes] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("losses", "gradient")
@@ -145,12 +153,14 @@ class StepResult(_message.Message):
     def __init__(self, losses: _Optional[_Iterable[float]] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
 class KeepRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "coded")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     header: KeepHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[KeepHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, header: _Optional[_Union[KeepHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class KeepHeader(_message.Message):
     __slots__ = ("request_id", "fingerprint", "embeds", "keys")
@@ -169,15 +179,17 @@ class KeepReply(_message.Message):
     def __init__(self) -> None: ...
 
 class FactoredRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "coded")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     header: FactoredHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[FactoredHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, header: _Optional[_Union[FactoredHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class FactoredHeader(_message.Message):
-    __slots__ = ("request_id", "fingerprint", "objective", "keys", "dtype", "ranks", "want_gradient", "weights")
+    __slots__ = ("request_id", "fingerprint", "objective", "keys", "dtype", "ranks", "want_gradient", "weights", "lossless")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +198,7 @@ class FactoredHeader(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     WANT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     fingerprint: str
     objective: str
@@ -194,49 +207,58 @@ class FactoredHeader(_message.Message):
     ranks: _containers.RepeatedScalarFieldContainer[int]
     want_gradient: bool
     weights: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., objective: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., dtype: _Optional[_Union[DType, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+    lossless: bool
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., objective: _Optional[str] = ..., keys: _Optional[_Iterable[bytes]] = ..., dtype: _Optional[_Union[DType, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ..., lossless: _Optional[bool] = ...) -> None: ...
 
 class PrivateRequest(_message.Message):
-    __slots__ = ("header", "chunk", "gradient")
+    __slots__ = ("header", "chunk", "gradient", "coded")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     header: PrivateHeader
     chunk: bytes
     gradient: Packed
-    def __init__(self, header: _Optional[_Union[PrivateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, header: _Optional[_Union[PrivateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class PrivateHeader(_message.Message):
-    __slots__ = ("request_id", "fingerprint", "embeds", "labelled", "want_gradient")
+    __slots__ = ("request_id", "fingerprint", "embeds", "labelled", "want_gradient", "lossless")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EMBEDS_FIELD_NUMBER: _ClassVar[int]
     LABELLED_FIELD_NUMBER: _ClassVar[int]
     WANT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     fingerprint: str
     embeds: Packed
     labelled: _containers.RepeatedScalarFieldContainer[int]
     want_gradient: bool
-    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., embeds: _Optional[_Union[Packed, _Mapping]] = ..., labelled: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ...) -> None: ...
+    lossless: bool
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., embeds: _Optional[_Union[Packed, _Mapping]] = ..., labelled: _Optional[_Iterable[int]] = ..., want_gradient: _Optional[bool] = ..., lossless: _Optional[bool] = ...) -> None: ...
 
 class PrivateReply(_message.Message):
-    __slots__ = ("hidden", "chunk", "gradient")
+    __slots__ = ("hidden", "chunk", "gradient", "coded")
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     hidden: Packed
     chunk: bytes
     gradient: Packed
-    def __init__(self, hidden: _Optional[_Union[Packed, _Mapping]] = ..., chunk: _Optional[bytes] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, hidden: _Optional[_Union[Packed, _Mapping]] = ..., chunk: _Optional[bytes] = ..., gradient: _Optional[_Union[Packed, _Mapping]] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("header", "chunk")
+    __slots__ = ("header", "chunk", "coded")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     header: GenerateHeader
     chunk: bytes
-    def __init__(self, header: _Optional[_Union[GenerateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    coded: bytes
+    def __init__(self, header: _Optional[_Union[GenerateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., coded: _Optional[bytes] = ...) -> None: ...
 
 class GenerateHeader(_message.Message):
     __slots__ = ("request_id", "fingerprint", "embeds", "max_new_tokens", "client_embeds")
