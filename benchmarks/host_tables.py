@@ -138,10 +138,25 @@ def wire(document: dict[str, Any]) -> str:
 def client(document: dict[str, Any]) -> str:
     """What a client holds."""
     lines = [
-        [row["name"], f"{row['weights_gb']:.2f}", f"{row['peak_gb']:.2f}", f"{1000 * row['seconds']:.0f}"]
+        [
+            row["name"],
+            f"{row['weights_gb']:.2f}",
+            f"{row.get('disk_gb', row['weights_gb']):.2f}",
+            f"{row['peak_gb']:.2f}",
+            f"{1000 * row['seconds']:.0f}",
+        ]
         for row in _rows(document, "client")
     ]
-    return _table(["Client", "Weights, GB", "Peak of GPU memory, GB", "ms a step of its own"], lines)
+    return _table(
+        [
+            "Client",
+            "Weights in memory, GB",
+            "on disk, GB",
+            "Peak of GPU memory, GB",
+            "ms a step of its own",
+        ],
+        lines,
+    )
 
 
 def faults(document: dict[str, Any]) -> str:

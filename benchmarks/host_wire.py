@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,8 +19,9 @@ from random_edge import random_edge
 
 from fednano.adapters import create
 from fednano.host import RemoteLLM
-from fednano.models.edge import NanoEdge
+from fednano.models.edge import EdgePart, NanoEdge
 from fednano.models.factored import FactoredBatch, StreamFactors
+from fednano.models.files import ModelFiles
 
 SAMPLES = 8
 
@@ -130,18 +133,27 @@ def client_memory(shape: Shape, model: Any) -> list[dict[str, Any]]:
 
 
 def _edge_step(shape: Shape) -> dict[str, Any]:
-    """Encoder, connector and token embeddings of random weights, with adapters behind them, one image a step."""
+    """Encoder and connector of random weights, with adapters behind them, one image a step. Token embeddings come from
+    a file, as clients read them from a checkpoint."""
     host_model.settle()
     before = host_model.allocated()
-    edge = random_edge(shape.vision, shape.width, shape.config["vocab_size"]).to(DEVICE, shape.dtype)
+    with TemporaryDirectory() as folder:
+        edge = random_edge(shape.vision, shape.width, shape.config["vocab_size"]).to(shape.dtype)
+        table = edge.token_embedding.weight
+        assert isinstance(table, torch.Tensor)
+        on_disk = table.nbytes / 1e9
+        save_file({"embed_tokens.weight": table.detach().cpu()}, Path(folder) / "model.safetensors")
+        edge.leave_table(ModelFiles("random", Path(folder)), lambda key: True)
+        return _edge_row(shape, edge.to(DEVICE), before, on_disk)
+
+
+def _edge_row(shape: Shape, edge: EdgePart, before: int, on_disk: float) -> dict[str, Any]:
     adapter = create("nano", rank=shape.rank)
     nano = NanoEdge(edge, {"image": adapter, "text": adapter}, seed=0).to(DEVICE)
     optimiser = torch.optim.AdamW([p for p in nano.parameters() if p.requires_grad], lr=1e-4)
     size = shape.vision["image_size"]
     pixels = torch.randn(1, 3, size, size, device=DEVICE, dtype=shape.dtype)
-    ids = torch.randint(
-        0, shape.config["vocab_size"], (shape.lengths[2] - shape.image_tokens,), device=DEVICE
-    )
+    ids = torch.randint(0, shape.config["vocab_size"], (shape.lengths[2] - shape.image_tokens,))
 
     def work() -> None:
         rows = {"image": edge.encode({"pixel_values": pixels})[0], "text": edge.embed(ids)}
@@ -154,10 +166,11 @@ def _edge_step(shape: Shape) -> dict[str, Any]:
     seconds = host_model.timed(work, seconds=1.0)
     held = sum(parameter.nbytes for parameter in nano.parameters()) / 1e9
     peak = host_model.peak_gb() - before / 1e9
-    return _client_row(
-        "NanoEdge with nano adapters, image encoded in each step", seconds, held, max(peak, 0.0)
-    )
+    name = "NanoEdge with nano adapters, image encoded in each step"
+    return _client_row(name, seconds, held, max(peak, 0.0), on_disk)
 
 
-def _client_row(name: str, seconds: float, held: float, peak: float) -> dict[str, Any]:
-    return {"section": "client", "name": name, "seconds": seconds, "weights_gb": held, "peak_gb": peak}
+def _client_row(name: str, seconds: float, held: float, peak: float, on_disk: float = 0.0) -> dict[str, Any]:
+    """What a client holds in memory, and what on disk (the same, and what stays there)."""
+    sizes = {"weights_gb": held, "disk_gb": held + on_disk, "peak_gb": peak}
+    return {"section": "client", "name": name, "seconds": seconds, **sizes}

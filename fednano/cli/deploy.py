@@ -79,12 +79,15 @@ def enroll(
     partition: Annotated[
         str, typer.Option(help="K/N instead of data: part K (from 0) of N of a public data set, to rehearse.")
     ] = "",
+    models: Annotated[
+        str, typer.Option(help="Folder with the client's part of the model, from `fednano deploy edge`.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """At the site: make keys and a request for the operator; then take in the certificate that comes back."""
     from fednano.deploy.enrolment import enroll as make
 
-    done = make(given, bundle, _node_config(data, partition))
+    done = make(given, bundle, _node_config(data, partition, models))
     whole = done == bundle
     ready = f"{bundle} is complete. Start with: fednano client up --bundle {bundle}"
     _say(
@@ -161,20 +164,42 @@ def sites(
         typer.echo(f"{row['site']:<24} {row['state']:<9} {row['expires']}".rstrip())
 
 
-def _node_config(data: str, partition: str) -> dict[str, str | int]:
-    """What the SuperNode tells its client about its data. Raises ConfigError."""
+def _node_config(data: str, partition: str, models: str) -> dict[str, str | int]:
+    """What the SuperNode tells its client about its data and its model. Raises ConfigError."""
     if data and partition:
         raise ConfigError("give --data or --partition, not both.")
+    for option, folder in (("--data", data), ("--models", models)):
+        if folder and not Path(folder).is_dir():
+            raise ConfigError(f"{option} is {folder!r}, which is no folder.")
+    held: dict[str, str | int] = {"models": str(Path(models).absolute())} if models else {}
     if data:
-        if not Path(data).is_dir():
-            raise ConfigError(f"--data is {data!r}, which is no folder.")
-        return {"data": str(Path(data).absolute())}
+        return {"data": str(Path(data).absolute()), **held}
     if not partition:
-        return {}
+        return held
     part, _, count = partition.partition("/")
     if not (part.isdigit() and count.isdigit() and int(part) < int(count)):
         raise ConfigError(f"--partition is {partition!r}; expected K/N, such as 0/3.")
-    return {"partition-id": int(part), "num-partitions": int(count)}
+    return {"partition-id": int(part), "num-partitions": int(count), **held}
+
+
+@app.command()
+def edge(
+    model: Annotated[str, typer.Argument(help="As [host] in the plan has it: 'tiny', a folder, or an id.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    head: Annotated[bool, typer.Option(help="With the head, for `--exchange label-private`.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the client's part of a model, for sites that hold no layer of the language model."""
+    from fednano.models.client_part import write_client_part
+    from fednano.runs.text import format_bytes
+
+    manifest = write_client_part(model, folder, head=head)
+    size = format_bytes(int(manifest["bytes"]))
+    _say(
+        as_json,
+        manifest,
+        f"{folder}: {size} for the sites, who name it with `fednano deploy enroll --models`",
+    )
 
 
 @app.command()

@@ -86,13 +86,16 @@ def gathers(config: RunConfig) -> bool:
     return build_adapter(config).basis is Basis.STATS
 
 
-def build_edge(config: RunConfig, bases: Mapping[str, Mapping[str, Tensor]] | None = None) -> NanoEdge:
+def build_edge(
+    config: RunConfig, bases: Mapping[str, Mapping[str, Tensor]] | None = None, *, part: str = ""
+) -> NanoEdge:
     """Load the edge part of the model and put fresh adapters behind it.
 
     Args:
         config: the run's settings.
         bases: per stream, the basis of adapters that need gathered gradients. Without it they get a placeholder of the
             right shapes, which trains nothing sensible, but can be counted and replaced.
+        part: folder with the client's part of the model; empty = the model itself.
 
     Raises:
         ModelError: the model cannot be loaded or is of another kind.
@@ -100,7 +103,7 @@ def build_edge(config: RunConfig, bases: Mapping[str, Mapping[str, Tensor]] | No
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but this machine has no usable GPU. Set device to 'cpu'.")
-    return put_adapters(load_edge(config.model, device=config.device), config, bases=bases)
+    return put_adapters(load_edge(part or config.model, device=config.device), config, bases=bases)
 
 
 def put_adapters(
@@ -120,13 +123,16 @@ def put_adapters(
 
 
 @contextmanager
-def connect(config: RunConfig, ticket: HostTicket, own: Credentials | None = None) -> Iterator[LanguageModel]:
+def connect(
+    config: RunConfig, ticket: HostTicket, own: Credentials | None = None, *, part: str = ""
+) -> Iterator[LanguageModel]:
     """The run's language model: on its host, or whole in this process for placement ``local``.
 
     Args:
         config: the run's settings.
         ticket: how to reach the host.
         own: what this side shows and believes instead of what the ticket says.
+        part: folder with the client's part of the model, for its head; empty = the model itself.
 
     Raises:
         HostUnavailable: the host does not answer.
@@ -138,7 +144,8 @@ def connect(config: RunConfig, ticket: HostTicket, own: Credentials | None = Non
 
         yield LocalLLM(load_language(config.model, device=config.device))
         return
-    head = load_head(config.model, device=config.device) if config.exchange == "label-private" else None
+    private = config.exchange == "label-private"
+    head = load_head(part or config.model, device=config.device) if private else None
     with RemoteLLM(
         ticket.address,
         token=ticket.token or None,

@@ -62,6 +62,7 @@ def carry_out(task: str, content: RecordDict, node: Mapping[str, Any], began: fl
         Worker.forgotten, Worker.began = instruction.tombstones, began
         bundle = str(node.get("bundle", ""))
         Worker.credentials = _credentials(bundle) if bundle else None
+        Worker.models = Path(str(node["models"])) if node.get("models") else None
         reply = (loaded(ABOVE[task]) if task in ABOVE else TASKS[task])(instruction, node)
         reply = replace(reply, facts={**reply.facts, "tombstones": instruction.tombstones.digest})
     except FednanoError as error:

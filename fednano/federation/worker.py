@@ -33,6 +33,7 @@ from fednano.federation.model import (
     use_threads,
 )
 from fednano.host import RemoteLLM
+from fednano.models.client_part import find_client_part
 from fednano.models.edge import NanoEdge
 from fednano.models.language import LanguageModel
 from fednano.runs.tombstones import Tombstones
@@ -104,8 +105,8 @@ class Worker:
     Args:
         config: the run's settings.
         node: Flower's node configuration: ``partition-id`` and ``num-partitions`` in a simulation; at an institution
-            ``data`` (its folder or file) and ``site`` (its name), and ``data-kind`` and ``data-options`` where its
-            data is laid out in its own way.
+            ``data`` (its folder or file) and ``site`` (its name), ``data-kind`` and ``data-options`` where its
+            data is laid out in its own way, and ``models`` where it holds the client's part of models only.
     """
 
     _current: Worker | None = None
@@ -117,13 +118,18 @@ class Worker:
     credentials: Credentials | None = None
     """What this site shows the language host, and whom it believes; a simulated client has none."""
 
+    models: Path | None = None
+    """Where this site keeps the client's parts of models, to need no more of them; ``None`` = no such place."""
+
     began = 0.0
     """When Flower's process for the request at hand began, seconds since 1970; 0 = not known."""
 
     def __init__(self, config: RunConfig) -> None:
         use_threads(config)
         self.config = config
-        self.edge = build_edge(config)
+        split = config.placement == "split"
+        self._part = find_client_part(self.models, config.model) if split and self.models else ""
+        self.edge = build_edge(config, part=self._part)
         cache = Path(config.cache_dir) if config.cache_dir else None
         self.features = FeatureCache(self.edge.edge, cache)
         self._bases = BasisStore((cache or Path(tempfile.gettempdir())) / "bases")
@@ -164,7 +170,9 @@ class Worker:
         if self._llm is None or replace(ticket, token=b"") != self._ticket:
             self._connection.close()
             self._connection = ExitStack()
-            self._llm = self._connection.enter_context(connect(self.config, ticket, self.credentials))
+            self._llm = self._connection.enter_context(
+                connect(self.config, ticket, self.credentials, part=self._part)
+            )
             self._ticket = replace(ticket, token=b"")
         elif isinstance(self._llm, RemoteLLM) and ticket.token:
             self._llm.use_token(ticket.token)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fednano.adapters import Adapter, AdapterLayer, Site
 from fednano.errors import ConfigError, DataError, ModelError
 from fednano.models.factored import FactoredBatch, StreamFactors
+from fednano.models.files import ModelFiles
 from fednano.models.images import Images, ImageSpan
 from fednano.models.prompt import ImagePlace, Prompt, build_prompt
+from fednano.models.table import StoredTable, leave_on_disk
 from fednano.models.vision import Unfold, Vision, token_blocks
 
 __all__ = ["STREAMS", "Composed", "EdgePart", "NanoEdge"]
@@ -64,7 +66,20 @@ class EdgePart(nn.Module):
         self.fingerprint = fingerprint
         self._prompts: dict[tuple[object, ...], Prompt] = {}
         self._unfold: Unfold | None = None
+        # Moves with the module, as a table that stays on disk does not.
+        self._like: Tensor
+        self.register_buffer("_like", next(token_embedding.parameters()).detach()[:0, :0], persistent=False)
         self.requires_grad_(False)
+
+    def leave_table(self, files: ModelFiles, wanted: Callable[[str], bool]) -> None:
+        """Let go of the table of token embeddings where its rows can be read from the checkpoint: see
+        `fednano.models.table.leave_on_disk`."""
+        self.token_embedding = leave_on_disk(files, self.token_embedding, wanted)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that have an embedding."""
+        return int(self.token_embedding.num_embeddings)  # type: ignore[arg-type]
 
     @property
     def image_token_id(self) -> int:
@@ -118,9 +133,10 @@ class EdgePart(nn.Module):
         return self._prompts[key]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids ``(...)`` to embeddings ``(..., d)``."""
-        embeddings: Tensor = self.token_embedding(ids)
-        return embeddings
+        """Token ids ``(...)``, on any device, to embeddings ``(..., d)`` on that of the edge."""
+        stored = isinstance(self.token_embedding, StoredTable)
+        embeddings: Tensor = self.token_embedding(ids if stored else ids.to(self._like.device))
+        return embeddings.to(self._like)
 
 
 @dataclass(frozen=True)
@@ -226,21 +242,20 @@ class NanoEdge(nn.Module):
 
     def _row(self, prompt: Prompt, feature: Tensor | None) -> tuple[Tensor, Tensor, tuple[ImageSpan, ...]]:
         """One sample: embeddings ``(n, d)``, labels ``(n,)``, and where its images stand."""
-        device = next(self.edge.token_embedding.parameters()).device
         found = prompt.ids.count(self.edge.image_token_id)
         if found != int(feature is not None):
             raise DataError(
                 f"a prompt has {found} image placeholders but {int(feature is not None)} images; they must agree."
             )
         before = prompt.ids if feature is None else self.edge.unfold(prompt.ids, feature)
-        ids = torch.tensor(before + prompt.answer, dtype=torch.long, device=device)
+        ids = torch.tensor(before + prompt.answer, dtype=torch.long)
         label = torch.full_like(ids, -100)
         if prompt.answer:
             label[len(before) :] = ids[len(before) :]
         if feature is None:
             return self.edge.embed(ids), label, ()
         places = [place for place, token in enumerate(before) if token == self.edge.image_token_id]
-        row = self.edge.embed(ids.index_fill(0, torch.tensor(places, device=device), 0))  # it may have no row
+        row = self.edge.embed(ids.index_fill(0, torch.tensor(places), 0))  # it may have no row
         rows, labels, spans = [], [], []
         at = length = 0
         for place, (block, height, width) in zip(places, token_blocks(feature), strict=True):

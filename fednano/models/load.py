@@ -32,11 +32,13 @@ from fednano.models.multimodal import (
 )
 from fednano.models.prompt import load_text_processor
 from fednano.models.quiet import quiet
-from fednano.models.textual import is_textual, load_text_edge, load_text_language, text_class
+from fednano.models.textual import is_textual, load_text_edge, load_text_language, table_keys, text_class
 from fednano.models.vision import Vision, image_place
 
 __all__ = [
     "count_parameters",
+    "edge_keys",
+    "head_keys",
     "load_edge",
     "load_head",
     "load_image_processor",
@@ -85,6 +87,38 @@ def _keys(config: Any) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
     return vision, lambda key: not vision(key)
 
 
+def edge_keys(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of a checkpoint belongs to the client's part.
+
+    Args:
+        config: of the whole model, see `read_config`.
+
+    Raises:
+        ModelError: a text model without a table of token embeddings of its own.
+    """
+    if is_textual(config):
+        return table_keys(config)
+    vision, in_table = _keys(config)[0], _among(("embed_tokens.",))
+    return lambda key: vision(key) or in_table(key)
+
+
+def head_keys(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of a checkpoint is the head's; the token table's where the two are tied.
+
+    Args and errors as for :func:`edge_keys`.
+    """
+    config = copy.deepcopy(config)
+    for part in (config,) if is_textual(config) else (config.text_config, config.vision_config):
+        without_layers(part)
+    with torch.device("meta"):
+        empty = (text_class(config) if is_textual(config) else multimodal_class(config))(config)
+    empty.tie_weights()
+    head, table = empty.get_output_embeddings(), empty.get_input_embeddings()
+    source = table if head.weight is table.weight else head
+    leaf = next(name for name, module in empty.named_modules() if module is source).rpartition(".")[2]
+    return _among((f"{leaf}.",))
+
+
 def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> EdgePart:
     """Load the client's part: vision tower, connector and token embeddings. The decoder is never read.
 
@@ -100,15 +134,14 @@ def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
     full = read_config(files)
     if is_textual(full):
         return load_text_edge(files, full, dtype=dtype, device=device)
-    vision, _ = _keys(full)
     config = without_side(copy.deepcopy(full), vision=False)
     # The head is the language side's; tying it to the embeddings keeps the class whole at no cost.
     config.tie_word_embeddings = True
     config.text_config.tie_word_embeddings = True
-    model = build(
-        files, multimodal_class(full), config, lambda key: vision(key) or "embed_tokens." in key, dtype
-    )
-    return _edge_part(model, full, files).to(device)
+    model = build(files, multimodal_class(full), config, edge_keys(full), dtype)
+    edge = _edge_part(model, full, files)
+    edge.leave_table(files, _among(("embed_tokens.",)))
+    return edge.to(device)
 
 
 def load_language(
@@ -140,13 +173,7 @@ def load_head(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
     cls = text_class(config) if is_textual(config) else multimodal_class(config)
     for part in (config,) if is_textual(config) else (config.text_config, config.vision_config):
         without_layers(part)
-    with torch.device("meta"):
-        empty = cls(config)
-    empty.tie_weights()
-    head, table = empty.get_output_embeddings(), empty.get_input_embeddings()
-    source = table if head.weight is table.weight else head
-    leaf = next(name for name, module in empty.named_modules() if module is source).rpartition(".")[2]
-    model = build(files, cls, config, _among((f"{leaf}.",)), dtype)
+    model = build(files, cls, config, head_keys(config), dtype)
     found: nn.Module = model.get_output_embeddings().to(device)
     return found
 

@@ -6,6 +6,7 @@ Where the parts are is read off the model: its own embeddings, its own head, and
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from fednano.models.fingerprint import fingerprint
 from fednano.models.language import LanguagePart
 from fednano.models.prompt import load_text_processor
 
-__all__ = ["is_textual", "load_text_edge", "load_text_language", "text_class", "text_language"]
+__all__ = [
+    "is_textual",
+    "load_text_edge",
+    "load_text_language",
+    "table_keys",
+    "text_class",
+    "text_language",
+]
 
 
 def is_textual(config: Any) -> bool:
@@ -41,33 +49,48 @@ def text_class(config: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
+def table_keys(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of a checkpoint is the table of token embeddings.
+
+    Raises:
+        ModelError: the embeddings are not a part of their own.
+    """
+    cls = text_class(config)
+    with torch.device("meta"):
+        bare = cls(_small(config))
+    leaf = next((name for name, part in bare.named_modules() if part is bare.get_input_embeddings()), "")
+    if not leaf:
+        raise ModelError(f"{cls.__name__} has no table of token embeddings to give to clients.")
+    key = f"{leaf.rpartition('.')[2]}."
+    return lambda name: key in name
+
+
+def _small(config: Any) -> Any:
+    """The same without layers, and with the table in the head's place."""
+    small = copy.deepcopy(config)
+    without_layers(small)
+    small.tie_word_embeddings = True
+    return small
+
+
 def load_text_edge(files: ModelFiles, config: Any, *, dtype: torch.dtype, device: str) -> EdgePart:
     """The client's part: token embeddings, tokenizer. The decoder is never read.
 
     Raises:
         ModelError: weights are missing, or the embeddings are not a part of their own.
     """
-    small = copy.deepcopy(config)
-    without_layers(small)
-    small.tie_word_embeddings = True
-    cls = text_class(config)
-    with torch.device("meta"):
-        bare = cls(small)
-    leaf = next((name for name, part in bare.named_modules() if part is bare.get_input_embeddings()), "")
-    if not leaf:
-        raise ModelError(
-            f"{files.name!r} ({cls.__name__}) has no table of token embeddings to give to clients."
-        )
-    key = f"{leaf.rpartition('.')[2]}."
-    table = build(files, cls, small, lambda name: key in name, dtype).get_input_embeddings()
-    return EdgePart(
+    wanted = table_keys(config)
+    table = build(files, text_class(config), _small(config), wanted, dtype).get_input_embeddings()
+    edge = EdgePart(
         vision=None,
         token_embedding=table,
         tokenizer=load_text_processor(files),
         place=None,
         hidden_size=config.hidden_size,
         fingerprint=fingerprint({"token_embedding": table}),
-    ).to(device)
+    )
+    edge.leave_table(files, wanted)
+    return edge.to(device)
 
 
 def load_text_language(files: ModelFiles, config: Any, *, dtype: torch.dtype, device: str) -> LanguagePart:

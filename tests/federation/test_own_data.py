@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 
 from fednano.data import load_dataset
-from fednano.errors import DataError
+from fednano.errors import DataError, ModelError
 from fednano.federation.config import RunConfig
-from fednano.federation.model import build_edge, load_site_data, partition_samples
+from fednano.federation.messages import HostTicket
+from fednano.federation.model import build_edge, connect, load_site_data, partition_samples
 from fednano.federation.worker import Worker
+from fednano.host import RemoteLLM
+from fednano.models.client_part import write_client_part
+from fednano.models.files import find_model
 from fednano.runs import RunFolder
 from fednano.training.data import ClientData
 from fednano.training.features import FeatureCache
@@ -124,3 +129,24 @@ def test_a_site_trains_on_all_its_rows_in_its_own_layout(tmp_path: Path) -> None
     worker = Worker(config.changed(streams="text"))
     share = worker.share("ward", node, pool=False)
     assert len(share.data) + len(share.held_out) == 20
+
+
+def test_a_site_needs_no_more_of_the_model_than_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(find_model("tiny").folder, model)
+    config = RunConfig(model=str(model), exchange="label-private", streams="text")
+    whole = Worker(config)
+    write_client_part(str(model), tmp_path / "parts" / "model", head=True)
+    shutil.rmtree(model)
+    with pytest.raises(ModelError):
+        Worker(config)
+    monkeypatch.setattr(Worker, "models", tmp_path / "parts")
+    worker = Worker(config)
+    assert worker.edge.edge.fingerprint == whole.edge.edge.fingerprint
+    with connect(config, HostTicket("127.0.0.1:1"), part=worker._part) as llm:
+        assert isinstance(llm, RemoteLLM)  # its head came from the part
+    monkeypatch.setattr(Worker, "models", tmp_path)
+    with pytest.raises(ModelError, match="Ask the operator for it"):
+        Worker(config)

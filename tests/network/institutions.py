@@ -65,9 +65,12 @@ def provision(
     plan = PLAN.format(sites=json.dumps(list(sites)), address=address, listen=listen, **ports)
     (sandbox.folder / "federation.toml").write_text(plan)
     sandbox.run("fednano", "deploy", "init", "federation.toml")
+    sandbox.run("fednano", "deploy", "edge", "tiny", "parts/tiny")
     for number, site in enumerate(sites):
         letters = "federation/invitations"
         holds = ("--data", str(data / site)) if data else ("--partition", f"{number}/{len(sites)}")
+        if number == 0:  # this site has no more of the model than its part
+            holds += ("--models", "parts")
         invitation = f"{letters}/{site}.invitation.json"
         sandbox.run("fednano", "deploy", "enroll", invitation, "--bundle", site, *holds)
         sandbox.run("fednano", "deploy", "sign", f"{site}/{site}.request.json")

@@ -83,7 +83,7 @@ def words_from_embeddings(
     template = set.intersection(*(set(own.tolist()) for own in ids))
     sent, truth = torch.cat(rows), torch.cat(ids)
     secret = torch.tensor([int(i) not in template for i in truth])
-    every = torch.arange(sum(len(weight) for weight in edge.edge.token_embedding.parameters()))
+    every = torch.arange(edge.edge.vocabulary)
     with torch.no_grad():
         tables = {
             "host that knows the public model": edge.edge.embed(every),
