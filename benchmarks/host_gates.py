@@ -64,7 +64,9 @@ def gates(rows: Sequence[Mapping[str, Any]], shape: Shape) -> list[Gate]:
     if edge and whole:
         for where, key in (("memory", "weights_gb"), ("disk", "disk_gb")):
             share = edge[0].get(key, edge[0]["weights_gb"]) / whole[0]["weights_gb"]
-            found.append(Gate(f"weights at a client over the whole LLM with LoRA, {where}", share, 0.05, "<="))
+            found.append(
+                Gate(f"weights at a client over the whole LLM with LoRA, {where}", share, 0.05, "<=")
+            )
     for row in pick("fault"):
         found.append(Gate(f"{row['name']}: wrong gradients", row["wrong"], 0, "<="))
         found.append(Gate(f"{row['name']}: failures", row["errors"], 0, "<="))

@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import deployment_tables
 import host_tables
 import unlearning_tables
 from results import read_results
@@ -32,6 +33,7 @@ PAGES = tuple(
                 "adapters",
                 "aggregation",
                 "benchmarks",
+                "deployment",
                 "host",
                 "privacy",
                 "unlearning",
@@ -285,6 +287,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "unlearning-gates": ("unlearning", gates),
     "unlearning-language": ("unlearning", unlearning_tables.language),
     "privacy": ("privacy", privacy),
+    "secagg": ("secagg", deployment_tables.secagg),
+    "secagg-gates": ("secagg", gates),
+    "soak": ("soak", deployment_tables.soak),
+    "soak-gates": ("soak", gates),
 }
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -54,6 +55,7 @@ class FeatureCache:
         self._keys: dict[Path, str] = {}
         self._on_disk: dict[str, Path] = {}
         self._known_shards: set[Path] = set()
+        self._reader: tuple[Path, Any] | None = None
         self.encoded = 0
         """Number of images that this object had to encode."""
         if self._folder is not None:
@@ -120,9 +122,12 @@ class FeatureCache:
         if shard is None:
             return None
         try:
-            with safe_open(str(shard), framework="pt") as handle:
-                features: Tensor = handle.get_tensor(key)
+            if self._reader is None or self._reader[0] != shard:  # to open one reads the names of all in it
+                self._reader = shard, safe_open(str(shard), framework="pt")
+            # A tensor as it comes keeps a mapping of the whole shard, and a process may have some 65,000 of those.
+            features: Tensor = self._reader[1].get_tensor(key).clone()
         except (OSError, SafetensorError):
+            self._reader = None
             del self._on_disk[key]  # a shard that vanished or was damaged is recomputed, not fatal
             return None
         self._remember(key, features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def test_another_process_of_the_site_reads_what_one_encoded(
     )
     folder = next(tmp_path.iterdir())
     assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_features_from_disk_keep_no_file_mapped(parts: Parts, samples: list[Sample], tmp_path: Path) -> None:
+    FeatureCache(parts[0], tmp_path).get(samples)
+    cache = FeatureCache(parts[0], tmp_path)
+    got = [features for features in cache.get(samples) if features is not None]
+    assert cache.encoded == 0
+    (shard,) = tmp_path.glob("*/*.safetensors")
+    del cache
+    gc.collect()
+    assert len(got) > 1
+    assert str(shard) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_changed_image_is_encoded_again(parts: Parts, samples: list[Sample], tmp_path: Path) -> None:
