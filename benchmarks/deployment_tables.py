@@ -10,7 +10,7 @@ __all__ = ["secagg", "soak"]
 def secagg(document: dict[str, Any]) -> str:
     """Secure aggregation over the number of clients: one client's time against Flower's, and its bytes."""
     lines = [
-        "| Clients | Neighbours | Lost | Wrong words in the sum | A client, ms | flwr's SecAgg+, ms | Ratio | Up, over fp32 |",
+        "| Clients | Neighbours | Lost | Wrong words | A client, ms | flwr's SecAgg+, ms | Ratio | Up, over fp32 |",
         "|" + "---:|" * 8,
     ]
     for row in document["rows"]:
