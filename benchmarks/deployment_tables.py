@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["secagg", "soak"]
+__all__ = ["scale", "secagg", "soak"]
+
+
+def scale(document: dict[str, Any]) -> str:
+    """Memory and time over the clients of a round."""
+    lines = ["| Clients a round | Peak resident memory, MiB | ms a client and round |", "|---:|---:|---:|"]
+    for row in document["rows"]:
+        time_ms = 1000 * row["seconds_per_client"]
+        lines.append(f"| {row['clients']} | {row['peak_bytes'] / 2**20:.0f} | {time_ms:.1f} |")
+    return "\n".join(lines)
 
 
 def secagg(document: dict[str, Any]) -> str:

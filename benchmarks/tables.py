@@ -289,6 +289,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "privacy": ("privacy", privacy),
     "secagg": ("secagg", deployment_tables.secagg),
     "secagg-gates": ("secagg", gates),
+    "scale": ("scale", deployment_tables.scale),
+    "scale-gates": ("scale", gates),
     "soak": ("soak", deployment_tables.soak),
     "soak-gates": ("soak", gates),
 }
