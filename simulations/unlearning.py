@@ -167,7 +167,7 @@ def measure(study: Study, each: Cell) -> Row:
 
 
 def _read(study: Study, part: str, seed: int) -> Row:
-    from forgetting.federated import read_others
+    from forgetting.federated_data import read_others
 
     read_others(study.work, study.tofu, study.stories)
     return {}
@@ -306,7 +306,7 @@ def rows_of(study: Study, done: Mapping[Cell, Row]) -> list[Row]:
 
 def run(study: Study, jobs: int, target: Path) -> tuple[list[Any], dict[Cell, str]]:
     """The whole study; the results file is written on the way. Returns gates and failures."""
-    from forgetting.federated import prepare
+    from forgetting.federated_data import prepare
 
     seeds = [*study.seeds, TUNING]
     prepare(study.work, study.tofu, study.stories, seeds, study.parts)

@@ -37,17 +37,16 @@ from fednano.unlearning.metrics import (
     truth_ratio,
     truth_ratio_score,
 )
-from forgetting.stories import BOS, EOS, stories_model, stories_tokenizer
+from forgetting.asked import Asked, Row, means, pairs_of, train
+from forgetting.stories import stories_model, stories_tokenizer
 
 __all__ = [
     "BASELINES",
     "LOW_RANK",
     "RANKS",
     "SPLITS",
-    "Asked",
     "judged",
     "memorise",
-    "train",
     "unlearn_authors",
 ]
 
@@ -63,8 +62,6 @@ _ASKED = 30
 """Questions of each part of the utility."""
 _FISHER = 32
 """Most samples of a Fisher."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,69 +87,6 @@ class _Data:
         return [*self.forget[: -SPLITS[split] * PER_AUTHOR], *self.retain]
 
 
-class Asked:
-    """A model with its tokenizer, asked for losses and answers."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def ids(self, question: str, answer: str | None) -> tuple[list[int], list[int]]:
-        """Tokens of a question and its answer, the latter with its end."""
-        prompt = [BOS, *self.tokenizer(question).input_ids]
-        return prompt, [] if answer is None else [*self.tokenizer(answer).input_ids, EOS]
-
-    def logits(self, pairs: Sequence[tuple[str, str]], *, end: bool) -> tuple[Tensor, Tensor, list[int]]:
-        """Logits at every answer token ``(N, V)``, the tokens ``(N,)``, and how many each pair has."""
-        both = [self.ids(question, answer) for question, answer in pairs]
-        length = max(len(p) + len(a) for p, a in both)
-        tokens = torch.zeros(len(both), length, dtype=torch.int64)
-        wanted = torch.zeros(len(both), length, dtype=torch.bool)
-        for row, (p, a) in enumerate(both):
-            tokens[row, : len(p) + len(a)] = torch.tensor(p + a)
-            wanted[row, len(p) : len(p) + len(a) - (0 if end else 1)] = True
-        # Padded on the right of a causal model: what follows an answer cannot change it.
-        hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
-        keep = wanted[:, 1:]
-        return self.model.lm_head(hidden[keep]), tokens[:, 1:][keep], keep.sum(1).tolist()
-
-    def losses(self, pairs: Sequence[tuple[str, str]], *, end: bool = True) -> Tensor:
-        """Mean loss of each answer ``(B,)``, nats a token."""
-        logits, wanted, counts = self.logits(pairs, end=end)
-        return _means(F.cross_entropy(logits.float(), wanted, reduction="none"), counts)
-
-    @torch.no_grad()
-    def all_losses(self, pairs: Sequence[tuple[str, str]], *, end: bool = True) -> list[float]:
-        """As `losses`, of any number of pairs, without gradients."""
-        found: list[float] = []
-        for start in range(0, len(pairs), 25):
-            found += self.losses(pairs[start : start + 25], end=end).tolist()
-        return found
-
-    @torch.no_grad()
-    def answers(self, questions: Sequence[str], tokens: int) -> list[str]:
-        """Greedy answers."""
-        prompts = [self.ids(question, None)[0] for question in questions]
-        length = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), length, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = torch.tensor(prompt), 1
-        said = self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0
-        )
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(said[:, length:], skip_special_tokens=True)
-        ]
-
-
-def _means(each: Tensor, counts: Sequence[int]) -> Tensor:
-    return torch.stack([part.mean() for part in torch.split(each, list(counts))])
-
-
-def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    return [(row["question"], row["answer"]) for row in rows]
-
-
 def _load(tofu: Path, tokenizer: Any) -> _Data:
     def lines(name: str) -> list[Row]:
         return [
@@ -172,26 +106,6 @@ def _load(tofu: Path, tokenizer: Any) -> _Data:
         lines("real_authors_perturbed.json")[:_ASKED],
         lines("world_facts_perturbed.json")[:_ASKED],
     )
-
-
-def train(model: Asked, rows: Sequence[Row], *, epochs: int, rate: float, seed: int) -> None:
-    """Train every weight; linear decay after a warm-up of one epoch."""
-    model.model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.model.parameters(), lr=rate, weight_decay=0.0)
-    size, pairs = 10, _pairs(rows)
-    per_epoch = math.ceil(len(pairs) / size)
-    total, step = epochs * per_epoch, 0
-    for epoch in range(epochs):
-        order = generator(seed, "memorise", epoch).permutation(len(pairs))
-        for start in range(0, len(pairs), size):
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(step / per_epoch, (total - step + 1) / total)
-            optimizer.zero_grad(set_to_none=True)
-            model.losses([pairs[int(i)] for i in order[start : start + size]]).mean().backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
-            optimizer.step()
-    model.model.eval().requires_grad_(False)
 
 
 def memorise(work: Path, tofu: Path, stories: Path, split: str, seed: int, *, epochs: int) -> float:
@@ -236,7 +150,7 @@ def _utility(model: Asked, data: _Data) -> dict[str, float]:
         ("real_authors", data.real, "answer"),
         ("world_facts", data.world, "answer"),
     ):
-        right = [math.exp(-loss) for loss in model.all_losses(_pairs(rows))]
+        right = [math.exp(-loss) for loss in model.all_losses(pairs_of(rows))]
         if name != "retain":
             wrong = [
                 math.fsum(
@@ -270,12 +184,12 @@ def _without_zeros(parts: dict[str, float]) -> float:
 def _memory(model: Asked, rows: Sequence[Row]) -> dict[str, float]:
     right, strength, losses = [], [], []
     for start in range(0, len(rows), 25):
-        logits, wanted, counts = model.logits(_pairs(rows[start : start + 25]), end=False)
+        logits, wanted, counts = model.logits(pairs_of(rows[start : start + 25]), end=False)
         hits = logits.argmax(-1) == wanted
         for part in torch.split(hits, counts):
             right.append(float(part.float().mean()))
             strength.append(extraction_strength(part.numpy()))
-        losses += _means(F.cross_entropy(logits, wanted, reduction="none"), counts).tolist()
+        losses += means(F.cross_entropy(logits, wanted, reduction="none"), counts).tolist()
     return {
         "exact_memorisation": fmean(right),
         "extraction_strength": fmean(strength),
@@ -295,7 +209,7 @@ def _adapt(model: Asked, method: str, rank: int, gone: list[Row], kept: list[Row
 
         def nll(row: Row) -> Callable[[], Tensor]:
             def loss() -> Tensor:
-                logits, wanted, _ = model.logits(_pairs([row]), end=end)
+                logits, wanted, _ = model.logits(pairs_of([row]), end=end)
                 return F.cross_entropy(logits, wanted, reduction="sum")
 
             return loss
@@ -390,8 +304,10 @@ def _steps(
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(step / per_epoch, (total - step + 1) / total)
-            forget = _pairs([gone[int(i)] for i in order[start : start + BATCH]])
-            retain = _pairs([kept[int(i)] for i in draws.choice(len(kept), size=len(forget), replace=False)])
+            forget = pairs_of([gone[int(i)] for i in order[start : start + BATCH]])
+            retain = pairs_of(
+                [kept[int(i)] for i in draws.choice(len(kept), size=len(forget), replace=False)]
+            )
             optimizer.zero_grad(set_to_none=True)
             _objective(model, before, method, forget, retain).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -410,7 +326,7 @@ def _objective(
         logits, _, counts = model.logits(retain, end=True)
         with torch.no_grad():
             old = before.logits(retain, end=True)[0]
-        return -model.losses(forget, end=False).mean() + _means(kl_divergence(logits, old), counts).mean()
+        return -model.losses(forget, end=False).mean() + means(kl_divergence(logits, old), counts).mean()
     keep = 0.0 if method == "gradient_ascent" else model.losses(retain).mean()
     return _forgetting(model, before, method, forget) + keep
 
@@ -422,7 +338,7 @@ def _forgetting(model: Asked, before: Asked, method: str, forget: list[tuple[str
         return model.losses(refusal).mean()
     if method in ("ihl", "loku"):
         logits, wanted, counts = model.logits(forget, end=False)
-        return _means(inverted_hinge(logits, wanted), counts).mean()
+        return means(inverted_hinge(logits, wanted), counts).mean()
     losses = model.losses(forget, end=False)
     if method in ("gradient_ascent", "gradient_difference", "gradient_difference+fila"):
         return -losses.mean()
