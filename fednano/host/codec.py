@@ -271,7 +271,7 @@ class Assembler:
         """Whether all announced bytes are there."""
         return self._at == len(self._memory)
 
-    def add(self, chunk: bytes | Bytes) -> None:
+    def add(self, chunk: bytes | memoryview | Bytes) -> None:
         """Append one chunk.
 
         Raises:
@@ -286,7 +286,7 @@ class Assembler:
         self._memory[self._at : end] = np.frombuffer(chunk, dtype=np.uint8)
         self._at = end
 
-    def add_coded(self, coded: bytes) -> None:
+    def add_coded(self, coded: bytes | memoryview) -> None:
         """Append one coded chunk.
 
         Raises:

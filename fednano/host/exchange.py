@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from fednano.host.names import SERVICE
-from fednano.host.wire import WireCount
+from fednano.host.wire import WireCount, parse
 
 __all__ = ["Exchange"]
 
@@ -83,5 +83,5 @@ class Exchange:
 
     def _parse(self, data: bytes, reply: type[M]) -> M:
         self._received += len(data)
-        message: M = reply.FromString(data)  # type: ignore[attr-defined]
-        return message
+        message: Any = parse(data, reply.FromString)  # type: ignore[attr-defined]
+        return message  # type: ignore[no-any-return]  # a ChunkFrame can do what is asked of a chunk

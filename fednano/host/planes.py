@@ -47,7 +47,7 @@ def squeeze(chunk: memoryview) -> bytes | None:
     return b"".join((_HEADER.pack(len(raw), *map(len, coded)), *parts))
 
 
-def expand(coded: bytes, room: int) -> Bytes:
+def expand(coded: bytes | memoryview, room: int) -> Bytes:
     """The raw bytes ``(n,)`` of a coded chunk, at most 4 MiB of them, whatever comes.
 
     Args:

@@ -27,6 +27,7 @@ from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import HostSecurity
 from fednano.host.service import LanguageHost
 from fednano.host.stats import Stats
+from fednano.host.wire import parse
 from fednano.models.language import LocalLLM
 
 __all__ = ["HostServer", "RunningHost", "serve"]
@@ -45,7 +46,8 @@ _OPTIONS = (
 
 
 class _Bytes:
-    """Registers methods with a server so that they may also answer in messages that are serialised already."""
+    """Registers methods with a server so that they may also answer in messages that are serialised already, and so that
+    chunks are not parsed."""
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server = server
@@ -56,7 +58,12 @@ class _Bytes:
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """See `grpc.aio.Server`."""
         loose = {
-            name: handler._replace(response_serializer=partial(_serialised, handler.response_serializer))
+            name: handler._replace(
+                response_serializer=partial(_serialised, handler.response_serializer),
+                request_deserializer=partial(parse, whole=handler.request_deserializer)
+                if handler.request_streaming
+                else handler.request_deserializer,
+            )
             for name, handler in handlers.items()
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, loose),))

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fednano.host.planes import squeeze
 
-__all__ = ["Meter", "Wire", "WireCount", "chunk_message", "coded_message", "wire_bytes"]
+__all__ = [
+    "ChunkFrame",
+    "Meter",
+    "Wire",
+    "WireCount",
+    "chunk_message",
+    "coded_message",
+    "parse",
+    "wire_bytes",
+]
 
 _CHUNK_TAG, _CODED_TAG = b"\x12", b"\x22"
 """Fields 2 and 4, bytes: what a chunk and a coded one are in every message that has one."""
+_KINDS_OF_TAG = {_CHUNK_TAG[0]: "chunk", _CODED_TAG[0]: "coded"}
+_SMALL = 4096
+M = TypeVar("M")
 
 
 def chunk_message(part: memoryview) -> bytes:
@@ -28,8 +41,54 @@ def coded_message(part: memoryview) -> bytes:
     return chunk_message(part) if coded is None else b"".join((_CODED_TAG, _varint(len(coded)), coded))
 
 
+class ChunkFrame:
+    """A received message that holds one ``chunk`` or ``coded`` and nothing else; looks like the one of protobuf."""
+
+    __slots__ = ("_kind", "_size", "_view")
+
+    def __init__(self, kind: str, view: memoryview, size: int) -> None:
+        self._kind, self._view, self._size = kind, view, size
+
+    def WhichOneof(self, _: str) -> str:  # noqa: N802
+        """``"chunk"`` or ``"coded"``."""
+        return self._kind
+
+    @property
+    def chunk(self) -> memoryview:
+        """What it holds, where gRPC has put it."""
+        return self._view
+
+    coded = chunk
+
+    def ByteSize(self) -> int:  # noqa: N802
+        """Length of the whole message."""
+        return self._size
+
+
+def parse(data: bytes, whole: Callable[[bytes], M]) -> M | ChunkFrame:
+    """A received message. A large one that is but a chunk is not copied, as protobuf does twice.
+
+    Args:
+        data: serialised.
+        whole: parses any message of its kind.
+    """
+    if len(data) > _SMALL and (kind := _KINDS_OF_TAG.get(data[0])) is not None:
+        length = at = 0
+        while at < 5:
+            byte = data[1 + at]
+            length |= (byte & 127) << (7 * at)
+            at += 1
+            if byte < 128:
+                break
+        if 1 + at + length == len(data):
+            return ChunkFrame(kind, memoryview(data)[1 + at :], len(data))
+    return whole(data)
+
+
 def wire_bytes(message: Any) -> int:
     """Serialised length of a message, without serialising its chunk as ``ByteSize`` does."""
+    if isinstance(message, ChunkFrame):
+        return message.ByteSize()
     present = message.ListFields()
     if len(present) == 1 and present[0][0].name in ("chunk", "coded"):
         length = len(present[0][1])

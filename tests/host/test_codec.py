@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from fednano.errors import HostRefused
 from fednano.host import codec
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto.generate import CHECKOUT, generate
-from fednano.host.wire import chunk_message, wire_bytes
+from fednano.host.wire import ChunkFrame, chunk_message, parse, wire_bytes
 
 WIRE = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -134,3 +135,34 @@ def test_a_chunk_is_framed_as_protobuf_would(length: int) -> None:
     assert wire_bytes(message) == message.ByteSize()
     header = pb.StepReply(header=pb.StepResult(losses=[1.0] * (length % 50)))
     assert wire_bytes(header) == header.ByteSize()
+
+
+@settings(deadline=None)
+@given(
+    body=st.integers(0, 20_000).map(bytes) | st.binary(max_size=6000),
+    kind=st.sampled_from(["chunk", "coded"]),
+    tail=st.binary(max_size=3),
+)
+def test_large_chunks_are_read_as_protobuf_reads_them(body: bytes, kind: str, tail: bytes) -> None:
+    data = pb.StepRequest(**{kind: body}).SerializeToString()  # type: ignore[arg-type]
+    found = parse(data, pb.StepRequest.FromString)
+    assert isinstance(found, ChunkFrame) == (len(data) > 4096)
+    assert found.WhichOneof("frame") == kind
+    assert bytes(getattr(found, kind)) == body
+    assert wire_bytes(found) == found.ByteSize() == len(data)
+    for other in (data + tail, data[: len(data) - len(tail)], tail + data):
+        try:
+            expected = pb.StepRequest.FromString(other)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                parse(other, pb.StepRequest.FromString)
+            continue
+        found = parse(other, pb.StepRequest.FromString)
+        assert found.WhichOneof("frame") == expected.WhichOneof("frame")
+        assert bytes(found.chunk or found.coded) == (expected.chunk or expected.coded)
+
+
+def test_a_length_of_many_bytes_ends() -> None:
+    endless = b"\x12" + b"\xff" * 5000
+    with pytest.raises(DecodeError):
+        parse(endless, pb.StepRequest.FromString)
