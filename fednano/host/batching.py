@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from fednano.errors import ConfigError, HostRefused
-from fednano.host.jobs import Job, Outcome, Reply, compute_jobs
+from fednano.host.jobs import Compute, Job, compute_jobs
 from fednano.host.lane import Lane
 from fednano.host.logs import event
 from fednano.host.pool import ComputePool
@@ -46,7 +46,7 @@ _SHARE_OF_A_PASS = 0.5
 _REMEMBERED_CLIENTS = 4096
 _LAUNCH_SECONDS = 0.25
 T = TypeVar("T")
-_Found: TypeAlias = "Callable[[], Reply] | Exception"
+_Found: TypeAlias = "Callable[[], Any] | Exception"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Ask:
         lengths: tokens of each sample.
         prepare: makes the job of the received bytes; raises what is wrong with them.
         request: its name, for the log.
+        compute: computes such steps, several at a time.
     """
 
     objective: str
@@ -66,6 +67,7 @@ class Ask:
     lengths: Sequence[int]
     prepare: Callable[[], Job]
     request: str = ""
+    compute: Compute = compute_jobs
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class _Answered:
 @dataclass
 class _Waiting:
     ask: Ask
-    reply: asyncio.Future[Callable[[], Reply]]
+    reply: asyncio.Future[Callable[[], Any]]
     job: Job | None = None
     since: float = field(default_factory=time.monotonic)
 
@@ -92,8 +94,8 @@ class _Waiting:
         return max(self.ask.lengths)
 
     @property
-    def kind(self) -> tuple[str, bool]:
-        return self.ask.objective, self.ask.want_gradient
+    def kind(self) -> tuple[Compute, str, bool]:
+        return self.ask.compute, self.ask.objective, self.ask.want_gradient
 
 
 class StepBatcher:
@@ -136,8 +138,8 @@ class StepBatcher:
         self._quiet = asyncio.Event()
         self._quiet.set()
 
-    async def run(self, ask: Ask, client: str) -> Reply:
-        """The reply to one request. Cancelled while it waits, it is never computed.
+    async def run(self, ask: Ask, client: str) -> Any:
+        """What the request's job makes of its outcome. Cancelled while it waits, it is never computed.
 
         Args:
             ask: its sizes have been checked.
@@ -329,10 +331,11 @@ class StepBatcher:
 
     def _work(self, batch: list[_Waiting], launched: Callable[[], None]) -> list[_Found]:
         """On a worker: one pass. On a CPU, also what comes before and after it."""
+        compute = partial(self._pass, batch[0].ask.compute, launched)
         if self._lane.apart:
             with self._lane.computing():
                 jobs = [request.job for request in batch if request.job]
-                return [partial(job.finish, *outcome) for job, outcome in self._pass(jobs, launched)]
+                return [partial(job.finish, *outcome) for job, outcome in compute(jobs)]
         found: dict[int, _Found] = {}
         made: dict[int, Job] = {}
         for index, request in enumerate(batch):
@@ -340,15 +343,17 @@ class StepBatcher:
                 made[index] = request.ask.prepare()
             except (HostRefused, ConfigError) as error:
                 found[index] = error
-        for index, (job, outcome) in zip(made, self._pass(list(made.values()), launched), strict=True):
+        for index, (job, outcome) in zip(made, compute(list(made.values())), strict=True):
             found[index] = partial(_same, job.finish(*outcome))
         return [found[index] for index in range(len(batch))]
 
-    def _pass(self, jobs: list[Job], launched: Callable[[], None]) -> list[tuple[Job, Outcome]]:
-        return list(zip(jobs, compute_jobs(self._llm, jobs, launched), strict=True)) if jobs else []
+    def _pass(
+        self, compute: Compute, launched: Callable[[], None], jobs: list[Job]
+    ) -> list[tuple[Job, tuple[Any, ...]]]:
+        return list(zip(jobs, compute(self._llm, jobs, launched), strict=True)) if jobs else []
 
 
-def _same(reply: Reply) -> Reply:
+def _same(reply: T) -> T:
     return reply
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fednano.models.images import Images
 from fednano.models.language import LocalLLM
 from fednano.models.language_inputs import IGNORE
 
-__all__ = ["Job", "Outcome", "Reply", "compute_jobs"]
+__all__ = ["Compute", "Job", "Outcome", "Reply", "compute_jobs", "joined"]
 
 Reply: TypeAlias = tuple[pb.StepResult, list[memoryview]]
 """A reply's header, and the bytes that follow it."""
@@ -36,7 +36,7 @@ class Job:
         labels: ``(B, L)`` on the CPU.
         objective: name of the token loss.
         want_gradient: whether to go backward.
-        finish: makes the reply.
+        finish: makes the reply of the outcome.
         images: of each sample.
     """
 
@@ -45,8 +45,13 @@ class Job:
     labels: Tensor
     objective: str
     want_gradient: bool
-    finish: Callable[[Tensor, Tensor | None], Reply]
+    finish: Callable[..., Any]
     images: Images = ()
+
+
+Compute: TypeAlias = Callable[[LocalLLM, list[Job], Callable[[], None]], Sequence[tuple[Any, ...]]]
+"""Computes several jobs of a kind in one pass: what `Job.finish` of each is called with. The last argument is called
+when the device has been told the way there."""
 
 
 def compute_jobs(
@@ -63,16 +68,8 @@ def compute_jobs(
         HostRefused, ConfigError: what only the computation can find.
         MemoryError, torch.OutOfMemoryError: they do not fit into memory.
     """
-    first, longest = jobs[0], max(job.x.shape[1] for job in jobs)
-    if len(jobs) == 1:
-        x, mask, labels = first.x, first.mask, first.labels
-    else:
-        x = torch.cat([_widen(job.x, longest, 0.0) for job in jobs])
-        mask = torch.cat([_widen(job.mask, longest, False) for job in jobs])
-        labels = torch.cat([_widen(job.labels, longest, IGNORE) for job in jobs])
-    images: Images = ()
-    if any(job.images for job in jobs):
-        images = [spans for job in jobs for spans in (job.images or [()] * len(job.mask))]
+    first = jobs[0]
+    x, mask, labels, images = joined(jobs)
     losses, gradient = llm.passes.compute(
         x, mask, labels, first.objective, first.want_gradient, images, launched or _nothing
     )
@@ -83,6 +80,20 @@ def compute_jobs(
         at += len(job.mask)
         outcomes.append((losses[rows], None if gradient is None else gradient[rows, : job.mask.shape[1]]))
     return outcomes
+
+
+def joined(jobs: Sequence[Job]) -> tuple[Tensor, Tensor, Tensor, Images]:
+    """The samples of all jobs as one batch: x ``(B, L, d)``, mask and labels ``(B, L)``, images."""
+    if len(jobs) == 1:
+        return jobs[0].x, jobs[0].mask, jobs[0].labels, jobs[0].images
+    longest = max(job.x.shape[1] for job in jobs)
+    x = torch.cat([_widen(job.x, longest, 0.0) for job in jobs])
+    mask = torch.cat([_widen(job.mask, longest, False) for job in jobs])
+    labels = torch.cat([_widen(job.labels, longest, IGNORE) for job in jobs])
+    images: Images = ()
+    if any(job.images for job in jobs):
+        images = [spans for job in jobs for spans in (job.images or [()] * len(job.mask))]
+    return x, mask, labels, images
 
 
 def _nothing() -> None:

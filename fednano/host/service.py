@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
@@ -23,7 +25,16 @@ from fednano.host.limits import HostLimits
 from fednano.host.logs import event
 from fednano.host.names import CHUNK_BYTES, LABEL_BYTES
 from fednano.host.pool import ComputePool
-from fednano.host.private_compute import Graphs, PrivateStep, check_labelled
+from fednano.host.private_batching import Halves
+from fednano.host.private_compute import (
+    Graphs,
+    Half,
+    check_labelled,
+    decode_gradient,
+    encode_gradient,
+    forward_jobs,
+    private_job,
+)
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import TokenVerifier
@@ -69,7 +80,8 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         self._steps = StepBatcher(llm, pool, stats, batch_tokens=batch_tokens, linger_seconds=linger_seconds)
         Calls.__init__(self, limits, stats, verifier, pool, locked=llm.device.type == "cuda")
         self._llm, self._chunk_bytes = llm, chunk_bytes
-        self._graphs, self._lane = Graphs(keep_graphs), Lane(llm.device)
+        graphs, self._lane = Graphs(keep_graphs), Lane(llm.device)
+        self._forward, self._halves = partial(forward_jobs, graphs), Halves(self._work, graphs, stats)
         self._kept = kept if kept is not None else KeptSamples()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:  # noqa: N802
@@ -132,12 +144,17 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
             row = codec.row_bytes(codec.wire_dtype(packed.dtype), packed.hidden_size)
             async with self._admitted(trace, body + len(header.labelled) * row):
                 buffer = await self._receive(context, "private_step", body)
-                step = await self._work(lambda: PrivateStep(self._llm, header, buffer))
+                ask = Ask(
+                    "",
+                    header.want_gradient,
+                    packed.lengths,
+                    lambda: private_job(self._llm, header, buffer),
+                    header.request_id[:64],
+                    self._forward,
+                )
+                half, hidden, data = await self._steps.run(ask, trace.peer)
+                self._halves.begin(half)
                 try:
-                    keep = header.want_gradient and self._graphs.open
-                    hidden, data = await self._work(lambda: step.forward(keep=keep))
-                    if keep:
-                        self._graphs.add(step.step)
                     await self._send(context, "private_step", pb.PrivateReply(hidden=hidden))
                     await self._chunks(context, "private_step", [data], header.lossless)
                     if header.want_gradient:
@@ -149,15 +166,19 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                             packed.dtype,
                         ):
                             raise HostRefused("gradient: expected the width and type of the embeddings")
-                        own = await self._receive(context, "private_step", len(header.labelled) * row)
-                        self._graphs.remove(step.step)
-                        gradient, data = await self._work(lambda: step.backward(back.gradient, own))
-                        self._stats.add("private_step_replayed", step.step.replayed)
+                        received = await self._receive(context, "private_step", len(header.labelled) * row)
+                        own = await self._pool.carry(lambda: decode_gradient(back.gradient, received))
+                        found = await self._halves.backward(half, own)
+                        gradient, data = await self._pool.carry(lambda: self._encode(half, found, packed))
                         await self._send(context, "private_step", pb.PrivateReply(gradient=gradient))
                         await self._chunks(context, "private_step", [data], header.lossless)
                 finally:
-                    self._graphs.remove(step.step)
+                    self._halves.leave(half)
             self._count(trace, packed.lengths)
+
+    def _encode(self, half: Half, gradient: Tensor, packed: pb.Packed) -> tuple[pb.Packed, memoryview]:
+        with self._lane.carrying():
+            return encode_gradient(half, gradient, packed)
 
     async def _work(self, work: Callable[[], T]) -> T:
         """Run on a worker what the device computes, and wait until it has."""

@@ -65,6 +65,11 @@ class HiddenStep:
             found.append(torch.autograd.grad(hidden, rows, own)[0])
         return torch.cat(found)
 
+    @property
+    def kept(self) -> bool:
+        """Whether the graph of the way there is still there."""
+        return self._graph is not None
+
     def forget(self) -> None:
         """Let go of the graph; the step can still be finished."""
         self._graph = None
