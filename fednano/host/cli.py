@@ -74,8 +74,7 @@ async def _serve(
     limits: HostLimits,
     stop: _StopSwitch,
 ) -> None:
-    from fednano.host.kept import KeptSamples
-    from fednano.host.loading import batch_tokens, linger_seconds, make_model
+    from fednano.host.loading import batch_tokens, kept_samples, linger_seconds, make_model
     from fednano.host.server import HostServer
 
     server = HostServer(
@@ -87,7 +86,7 @@ async def _serve(
         threads=options.threads,
         batch_tokens=batch_tokens(options, part),
         linger_seconds=linger_seconds(options, part),
-        kept=KeptSamples(options.keep_bytes, options.keep_disk_bytes),
+        kept=kept_samples(options, part),
         keep_graphs=options.keep_graphs,
     )
     with ExitStack() as stack:

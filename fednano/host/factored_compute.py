@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,11 @@ def stream_counts(samples: Sequence[KeptSample], streams: int) -> list[int]:
 
 
 def factored_job(
-    llm: LocalLLM, header: pb.FactoredHeader, samples: Sequence[KeptSample], buffer: codec.Assembler
+    llm: LocalLLM,
+    header: pb.FactoredHeader,
+    samples: Sequence[KeptSample],
+    buffer: codec.Assembler,
+    rows_of: Callable[[bytes, KeptSample, Callable[[Tensor], Tensor]], Tensor] | None = None,
 ) -> Job:
     """The job of a step on kept samples: each stream's rows are the kept ones plus ``z up``.
 
@@ -75,6 +79,7 @@ def factored_job(
         header: of the request; its sizes have been checked.
         samples: the kept samples that it names.
         buffer: z and up of each stream.
+        rows_of: brings a sample's rows to the device, or has them there: `KeptSamples.rows` of one room.
 
     Raises:
         HostRefused: the numbers are not acceptable.
@@ -85,7 +90,18 @@ def factored_job(
     counts = stream_counts(samples, len(ranks))
     z, up = decode_parts(buffer.take(len(buffer)), counts, ranks, width, dtype)
     z, up = [part.to(device) for part in z], [part.to(device) for part in up]
-    x = pad_sequence([sample.rows.to(device).float() for sample in samples], batch_first=True)  # (B, L, d)
+
+    def move(rows: Tensor) -> Tensor:
+        return rows.to(device)
+
+    kept = [
+        move(sample.rows) if rows_of is None else rows_of(key, sample, move)
+        for key, sample in zip(header.keys, samples, strict=True)
+    ]
+    for rows in kept:
+        if rows.is_cuda:  # another thread may let go of them while this one's stream still reads
+            rows.record_stream(torch.cuda.current_stream(device))
+    x = pad_sequence([rows.float() for rows in kept], batch_first=True)  # (B, L, d)
     streams = pad_sequence([sample.streams for sample in samples], batch_first=True)  # (B, L)
     labels = pad_sequence(
         [sample.labels.long() for sample in samples], batch_first=True, padding_value=IGNORE

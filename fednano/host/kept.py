@@ -1,8 +1,10 @@
-"""Frozen parts of samples that a host keeps for its clients: in memory, then on disk, then not at all.
+"""Frozen parts of samples that a host keeps for its clients: on the GPU, in memory, on disk, then not at all.
 
 A client names a sample by a hash of its content and the host computes the hash again, so nobody can put one thing under
 another's name. Each bearer of a token has a room of its own: what one client keeps, another can neither use nor ask
 about. Whatever is dropped is sent again when a step misses it, so dropping is never wrong, only slow.
+
+The GPU has copies of what lies in one of the other places, of those samples that were used last.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -51,16 +54,21 @@ class KeptSamples:
     Args:
         memory_bytes: most bytes in memory.
         disk_bytes: most bytes in a temporary folder; 0 keeps nothing on disk.
+        gpu_bytes: most bytes on the model's device; 0 keeps nothing there.
 
     Raises:
         ConfigError: a negative number.
     """
 
-    def __init__(self, memory_bytes: int = 2 << 30, disk_bytes: int = 0) -> None:
-        if memory_bytes < 0 or disk_bytes < 0:
-            raise ConfigError(f"kept bytes: got {memory_bytes} and {disk_bytes}, expected 0 or more")
-        self._limits = (memory_bytes, disk_bytes)
+    def __init__(self, memory_bytes: int = 2 << 30, disk_bytes: int = 0, gpu_bytes: int = 0) -> None:
+        if min(memory_bytes, disk_bytes, gpu_bytes) < 0:
+            raise ConfigError(
+                f"kept bytes: got {memory_bytes}, {disk_bytes} and {gpu_bytes}, expected 0 or more"
+            )
+        self._limits, self._gpu_limit = (memory_bytes, disk_bytes), gpu_bytes
         self._lock = threading.Lock()
+        self._gpu: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+        self._gpu_held = 0
         self._memory: OrderedDict[tuple[str, bytes], KeptSample] = OrderedDict()
         self._disk: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._held = [0, 0]
@@ -86,10 +94,39 @@ class KeptSamples:
             except OSError:
                 self._forget(name)
                 return None
-            sample = KeptSample(**tensors)
+            sample, copy = KeptSample(**tensors), self._gpu.pop(name, None)
+            self._gpu_held -= 0 if copy is None else copy.nbytes
             self._forget(name)
             self._insert(name, sample)
+            if copy is not None and (name in self._memory or name in self._disk):
+                self._gpu[name] = copy
+                self._gpu_held += copy.nbytes
             return sample
+
+    def rows(self, room: str, key: bytes, sample: KeptSample, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """A sample's rows ``(L, d)`` where ``move`` brings them; from there if they are there already.
+
+        Args:
+            room: whose they are.
+            key: name of the sample.
+            sample: from `get`.
+            move: brings a tensor to the model's device, on the thread and stream at hand.
+        """
+        name = (room, key)
+        with self._lock:
+            if (found := self._gpu.get(name)) is not None:
+                self._gpu.move_to_end(name)
+                return found
+        moved = move(sample.rows)
+        if moved.nbytes > self._gpu_limit:
+            return moved
+        with self._lock:
+            if name not in self._gpu and (name in self._memory or name in self._disk):
+                self._gpu[name] = moved
+                self._gpu_held += moved.nbytes
+                while self._gpu_held > self._gpu_limit:
+                    self._gpu_held -= self._gpu.popitem(last=False)[1].nbytes
+        return moved
 
     def counters(self) -> dict[str, int]:
         """How much is kept, and where."""
@@ -98,6 +135,7 @@ class KeptSamples:
                 "kept_samples": len(self._memory) + len(self._disk),
                 "kept_memory_bytes": self._held[0],
                 "kept_disk_bytes": self._held[1],
+                "kept_gpu_bytes": self._gpu_held,
             }
 
     def close(self) -> None:
@@ -105,7 +143,8 @@ class KeptSamples:
         with self._lock:
             self._memory.clear()
             self._disk.clear()
-            self._held = [0, 0]
+            self._gpu.clear()
+            self._held, self._gpu_held = [0, 0], 0
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder = None
@@ -120,6 +159,7 @@ class KeptSamples:
 
     def _spill(self, name: tuple[str, bytes], sample: KeptSample) -> None:
         if sample.nbytes > self._limits[1]:
+            self._leave_gpu(name)
             return
         while self._held[1] + sample.nbytes > self._limits[1]:
             self._forget(next(iter(self._disk)))
@@ -127,6 +167,7 @@ class KeptSamples:
         try:
             save_file(tensors, self._file(name))
         except OSError:
+            self._leave_gpu(name)
             return  # a full disk is one more reason to drop it
         self._disk[name] = sample.nbytes
         self._held[1] += sample.nbytes
@@ -137,6 +178,11 @@ class KeptSamples:
         if (size := self._disk.pop(name, None)) is not None:
             self._held[1] -= size
             self._file(name).unlink(missing_ok=True)
+        self._leave_gpu(name)
+
+    def _leave_gpu(self, name: tuple[str, bytes]) -> None:
+        if (copy := self._gpu.pop(name, None)) is not None:
+            self._gpu_held -= copy.nbytes
 
     def _file(self, name: tuple[str, bytes]) -> Path:
         if self._folder is None:

@@ -9,10 +9,19 @@ from typing import TypeAlias
 import torch
 
 from fednano.errors import ConfigError
+from fednano.host.kept import KeptSamples
 from fednano.models.language import LanguagePart, LocalLLM
 from fednano.models.memory import PipelineMemory
 
-__all__ = ["LINGER_SECONDS", "Loader", "batch_tokens", "linger_seconds", "load_part", "make_model"]
+__all__ = [
+    "LINGER_SECONDS",
+    "Loader",
+    "batch_tokens",
+    "kept_samples",
+    "linger_seconds",
+    "load_part",
+    "make_model",
+]
 
 LINGER_SECONDS = 0.03
 """Of a host on a GPU, by default; on a CPU nothing is held back."""
@@ -85,6 +94,17 @@ def batch_tokens(options: argparse.Namespace, part: LanguagePart) -> int:
     if options.batch_tokens is not None:
         return int(options.batch_tokens)
     return 8192 if _on_gpu(part) else 0
+
+
+def kept_samples(options: argparse.Namespace, part: LanguagePart) -> KeptSamples:
+    """Where samples of the factored exchange are kept.
+
+    Raises:
+        ConfigError: a negative number, or a place on a GPU that the model does not have.
+    """
+    if options.keep_gpu_bytes and not _on_gpu(part):
+        raise ConfigError("--keep-gpu-bytes: the model lies on no GPU; leave it out, or add --device cuda")
+    return KeptSamples(options.keep_bytes, options.keep_disk_bytes, options.keep_gpu_bytes)
 
 
 def linger_seconds(options: argparse.Namespace, part: LanguagePart) -> float:

@@ -17,7 +17,15 @@ from fednano.errors import ConfigError
 
 __all__ = ["serve_metrics"]
 
-_GAUGES = {"in_flight", "buffered_bytes", "waiting", "kept_samples", "kept_memory_bytes", "kept_disk_bytes"}
+_GAUGES = {
+    "in_flight",
+    "buffered_bytes",
+    "waiting",
+    "kept_samples",
+    "kept_memory_bytes",
+    "kept_disk_bytes",
+    "kept_gpu_bytes",
+}
 _HELP = {
     "step_tokens": "real tokens of training steps that were answered",
     "step_samples": "samples of training steps that were answered",

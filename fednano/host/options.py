@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         help="label-private steps that wait with their graphs; others are computed again (%(default)s)",
     )
     add("--keep-disk-bytes", type=int, default=0, help="temporary files for more of them (%(default)s)")
+    add("--keep-gpu-bytes", type=int, default=0, help="the GPU's memory for those used last (%(default)s)")
     add("--tls-cert", type=Path, metavar="PEM", help="certificate chain of this host")
     add("--tls-key", type=Path, metavar="PEM", help="its private key")
     add("--client-ca", type=Path, metavar="PEM", help="admit only clients with a certificate signed by these")

@@ -234,7 +234,9 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
                     header.objective,
                     header.want_gradient,
                     lengths,
-                    lambda: factored_job(self._llm, header, samples, buffer),
+                    lambda: factored_job(
+                        self._llm, header, samples, buffer, partial(self._kept.rows, trace.bearer)
+                    ),
                     header.request_id[:64],
                 )
                 reply = await self._steps.run(ask, trace.peer)

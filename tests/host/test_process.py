@@ -192,6 +192,8 @@ def test_mistakes_on_the_command_line_end_with_a_message(
         (["--token-file", str(bad)], "expected one base64url text a line"),
         (["--token-file", str(tmp_path / "none")], "No such file"),
         (["--tls-cert", str(good)], "a certificate without its key"),
+        (["--keep-gpu-bytes", "1000"], "the model lies on no GPU"),
+        (["--keep-bytes", "-1"], "kept bytes: got -1"),
     ):
         assert main(["--model", "toy", *options], load=load) == 2
         assert message in capsys.readouterr().err

@@ -267,20 +267,62 @@ def test_an_adapter_without_low_rank_form_takes_the_full_exchange(
         assert remote.wire.step.samples == 4
 
 
-def test_kept_samples_spill_to_disk_and_stay_within_bounds() -> None:
-    def sample(value: int) -> KeptSample:
-        return KeptSample(
-            torch.full((4, 8), float(value)),
-            torch.full((4,), value, dtype=torch.int32),
-            torch.ones(4, dtype=torch.uint8),
-            torch.tensor([[0, 1, value + 1]], dtype=torch.int32),
-        )
+def sample(value: int) -> KeptSample:
+    return KeptSample(
+        torch.full((4, 8), float(value)),
+        torch.full((4,), value, dtype=torch.int32),
+        torch.ones(4, dtype=torch.uint8),
+        torch.tensor([[0, 1, value + 1]], dtype=torch.int32),
+    )
 
+
+def test_the_samples_used_last_lie_on_the_gpu_as_well() -> None:
+    each, size = sample(0).rows.nbytes, sample(0).nbytes
+    kept = KeptSamples(memory_bytes=2 * size, disk_bytes=size, gpu_bytes=2 * each)
+    moved: list[int] = []
+
+    def rows(value: int) -> torch.Tensor:
+        def move(own: torch.Tensor) -> torch.Tensor:
+            moved.append(value)
+            return own.clone()
+
+        found = kept.get("room", bytes([value]))
+        assert found is not None
+        return kept.rows("room", bytes([value]), found, move)
+
+    for value in range(3):  # the first goes to the disk
+        kept.put("room", bytes([value]), sample(value))
+    for value in (0, 1, 0, 1):
+        assert torch.equal(rows(value), sample(value).rows)
+    assert moved == [0, 1]
+    rows(2)  # takes the place of the one that was used longest ago
+    assert kept.counters()["kept_gpu_bytes"] == 2 * each
+    rows(1)
+    rows(0)
+    assert moved == [0, 1, 2, 0]
+    kept.put("room", bytes([0]), sample(7))  # what was there under that name is not served any more
+    assert torch.equal(rows(0), sample(7).rows)
+    kept.put("room", bytes([5]), sample(5))
+    kept.put("room", bytes([6]), sample(6))  # two of the four are dropped, and their copies with them
+    assert kept.counters()["kept_gpu_bytes"] <= each
+    other = kept.rows("other", bytes([6]), sample(6), torch.clone)  # another's room: computed, not kept
+    assert torch.equal(other, sample(6).rows)
+    assert kept.counters()["kept_gpu_bytes"] <= each
+    kept.close()
+    assert kept.counters() == dict.fromkeys(kept.counters(), 0)
+
+
+def test_kept_samples_spill_to_disk_and_stay_within_bounds() -> None:
     size = sample(0).nbytes
     kept = KeptSamples(memory_bytes=2 * size, disk_bytes=2 * size)
     for value in range(5):
         kept.put("room", bytes([value]), sample(value))
-    assert kept.counters() == {"kept_samples": 4, "kept_memory_bytes": 2 * size, "kept_disk_bytes": 2 * size}
+    assert kept.counters() == {
+        "kept_samples": 4,
+        "kept_memory_bytes": 2 * size,
+        "kept_disk_bytes": 2 * size,
+        "kept_gpu_bytes": 0,
+    }
     assert kept.get("room", bytes([0])) is None
     assert kept.get("other", bytes([4])) is None
     for value in (1, 2, 3, 4, 1):  # those on disk come back, others go there
