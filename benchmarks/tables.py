@@ -251,7 +251,9 @@ def privacy(document: dict[str, Any]) -> str:
     for row in document["rows"]:
         by_cell.setdefault((row["unit"], row["noise"]), []).append(row)
     for (unit, noise), own in sorted(by_cell.items()):
-        spent = "not private" if own[0]["epsilon"] is None else f"{own[0]['epsilon']:.2f}"
+        # How much of its data a client draws depends on how much the seed gave it, and epsilon on that.
+        epsilons = sorted({f"{row['epsilon']:.2f}" for row in own if row["epsilon"] is not None}, key=float)
+        spent = " to ".join(dict.fromkeys((epsilons[0], epsilons[-1]))) if epsilons else "not private"
         delta = "-" if own[0]["delta"] is None else f"{own[0]['delta']:.0e}"
         accuracy = _percent(fmean(row["accuracy"] for row in own))
         before = _percent(fmean(row["before"] for row in own))
