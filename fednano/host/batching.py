@@ -34,7 +34,7 @@ from fednano.host.pool import ComputePool
 from fednano.host.stats import Stats
 from fednano.models.language import LocalLLM
 
-__all__ = ["Ask", "StepBatcher"]
+__all__ = ["Ask", "StepBatcher", "for_caller"]
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class StepBatcher:
         except BaseException as error:
             for request in batch:
                 if not request.reply.done():
-                    request.reply.set_exception(_for_caller(error))
+                    request.reply.set_exception(for_caller(error))
             if not isinstance(error, Exception):
                 raise
             return
@@ -357,5 +357,6 @@ def _same(reply: T) -> T:
     return reply
 
 
-def _for_caller(error: BaseException) -> Exception:
+def for_caller(error: BaseException) -> Exception:
+    """What is told to whoever waits: the error, or that the host is stopping."""
     return error if isinstance(error, Exception) else RuntimeError("the host is stopping")

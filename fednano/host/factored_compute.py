@@ -70,7 +70,7 @@ def factored_job(
     header: pb.FactoredHeader,
     samples: Sequence[KeptSample],
     buffer: codec.Assembler,
-    rows_of: Callable[[bytes, KeptSample, Callable[[Tensor], Tensor]], Tensor] | None = None,
+    rows_of: Callable[[bytes, KeptSample, Callable[[Tensor], Tensor]], Tensor],
 ) -> Job:
     """The job of a step on kept samples: each stream's rows are the kept ones plus ``z up``.
 
@@ -94,10 +94,7 @@ def factored_job(
     def move(rows: Tensor) -> Tensor:
         return rows.to(device)
 
-    kept = [
-        move(sample.rows) if rows_of is None else rows_of(key, sample, move)
-        for key, sample in zip(header.keys, samples, strict=True)
-    ]
+    kept = [rows_of(key, sample, move) for key, sample in zip(header.keys, samples, strict=True)]
     for rows in kept:
         if rows.is_cuda:  # another thread may let go of them while this one's stream still reads
             rows.record_stream(torch.cuda.current_stream(device))

@@ -94,13 +94,9 @@ class KeptSamples:
             except OSError:
                 self._forget(name)
                 return None
-            sample, copy = KeptSample(**tensors), self._gpu.pop(name, None)
-            self._gpu_held -= 0 if copy is None else copy.nbytes
-            self._forget(name)
+            sample = KeptSample(**tensors)
+            self._leave_disk(name)
             self._insert(name, sample)
-            if copy is not None and (name in self._memory or name in self._disk):
-                self._gpu[name] = copy
-                self._gpu_held += copy.nbytes
             return sample
 
     def rows(self, room: str, key: bytes, sample: KeptSample, move: Callable[[Tensor], Tensor]) -> Tensor:
@@ -155,30 +151,34 @@ class KeptSamples:
         while self._held[0] > self._limits[0] and self._memory:
             old, dropped = self._memory.popitem(last=False)
             self._held[0] -= dropped.nbytes
-            self._spill(old, dropped)
+            if not self._spill(old, dropped):
+                self._leave_gpu(old)
 
-    def _spill(self, name: tuple[str, bytes], sample: KeptSample) -> None:
+    def _spill(self, name: tuple[str, bytes], sample: KeptSample) -> bool:
+        """Write a sample to the disk; whether it is there now."""
         if sample.nbytes > self._limits[1]:
-            self._leave_gpu(name)
-            return
+            return False
         while self._held[1] + sample.nbytes > self._limits[1]:
             self._forget(next(iter(self._disk)))
         tensors = {field.name: getattr(sample, field.name).cpu() for field in fields(sample)}
         try:
             save_file(tensors, self._file(name))
         except OSError:
-            self._leave_gpu(name)
-            return  # a full disk is one more reason to drop it
+            return False  # a full disk is one more reason to drop it
         self._disk[name] = sample.nbytes
         self._held[1] += sample.nbytes
+        return True
 
     def _forget(self, name: tuple[str, bytes]) -> None:
         if (kept := self._memory.pop(name, None)) is not None:
             self._held[0] -= kept.nbytes
+        self._leave_disk(name)
+        self._leave_gpu(name)
+
+    def _leave_disk(self, name: tuple[str, bytes]) -> None:
         if (size := self._disk.pop(name, None)) is not None:
             self._held[1] -= size
             self._file(name).unlink(missing_ok=True)
-        self._leave_gpu(name)
 
     def _leave_gpu(self, name: tuple[str, bytes]) -> None:
         if (copy := self._gpu.pop(name, None)) is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fednano.host.batching import for_caller
 from fednano.host.private_compute import Graphs, Group, Half
 from fednano.host.stats import Stats
 
@@ -79,6 +80,8 @@ class Halves:
         meeting = self._meetings.get(id(group))
         if meeting is None:
             meeting = self._meetings[id(group)] = _Meeting(group.clients)
+            if group.step.kept:  # not before: the graph of callers that have all left goes with them
+                self._graphs.add(group.step, group.clients)
             if group.clients > 1:
                 loop = asyncio.get_running_loop()
                 meeting.grace = loop.call_later(_GRACE, self._count, group, meeting)
@@ -112,7 +115,12 @@ class Halves:
         if not meeting.over and meeting.timer is None:
             wait = min(max(group.seconds, _LEAST), _MOST)
             meeting.timer = asyncio.get_running_loop().call_later(wait, self._go, group, meeting)
-        return await answer
+        try:
+            return await answer
+        except (torch.OutOfMemoryError, MemoryError):
+            if group.clients == 1:
+                raise
+            return await self._alone(half, gradient)
 
     def _count(self, group: Group, meeting: _Meeting) -> None:
         """Do not wait for those whose callers left before they were answered."""
@@ -121,7 +129,7 @@ class Halves:
 
     def _look(self, group: Group, meeting: _Meeting) -> None:
         """Go if there is nobody to wait for; forget the group when all have left."""
-        if meeting.complete and not meeting.over:
+        if meeting.complete:
             self._go(group, meeting)
         if meeting.left >= meeting.members:
             for timer in (meeting.timer, meeting.grace):
@@ -148,14 +156,9 @@ class Halves:
         try:
             found = await self._run(lambda: group.backward([(half, own) for half, own, _ in here]))
         except BaseException as error:
-            small = len(here) > 1 and isinstance(error, torch.OutOfMemoryError | MemoryError)
-            for half, own, answer in here:
-                if small:
-                    await self._settle(answer, self._alone(half, own))
-                elif not answer.done():
-                    answer.set_exception(
-                        error if isinstance(error, Exception) else RuntimeError("the host is stopping")
-                    )
+            for _, _, answer in here:
+                if not answer.done():
+                    answer.set_exception(for_caller(error))
             if not isinstance(error, Exception):
                 raise
             return
@@ -163,16 +166,6 @@ class Halves:
         if len(here) > 1:
             self._stats.add("private_step_together", len(here))
         for (_, _, answer), gradient in zip(here, found, strict=True):
-            if not answer.done():
-                answer.set_result(gradient)
-
-    async def _settle(self, answer: asyncio.Future[Tensor], work: Awaitable[Tensor]) -> None:
-        try:
-            gradient = await work
-        except Exception as error:
-            if not answer.done():
-                answer.set_exception(error)
-        else:
             if not answer.done():
                 answer.set_result(gradient)
 

@@ -160,12 +160,12 @@ def private_job(llm: LocalLLM, header: pb.PrivateHeader, buffer: codec.Assembler
 
 
 def forward_jobs(
-    graphs: Graphs, llm: LocalLLM, jobs: list[Job], launched: Callable[[], None]
+    keep: bool, llm: LocalLLM, jobs: list[Job], launched: Callable[[], None]
 ) -> list[tuple[Tensor, Half]]:
     """The first halves of several steps in one pass: hidden states ``(n, d)`` of each, and what it goes on with.
 
     Args:
-        graphs: where their graph is counted.
+        keep: hold on to the graph where gradients will come.
         llm: the model.
         jobs: at least one; all with or without gradients to come.
         launched: see `fednano.host.jobs.Compute`.
@@ -173,11 +173,9 @@ def forward_jobs(
     began = time.monotonic()
     want = jobs[0].want_gradient
     step = HiddenStep(llm.passes, *joined(jobs))
-    hidden = step.states(keep=want and graphs.open)
+    hidden = step.states(keep=want and keep)
     launched()
     group = Group(step, len(jobs), len(hidden), time.monotonic() - began) if want else None
-    if step.kept:
-        graphs.add(step, len(jobs))
     found: list[tuple[Tensor, Half]] = []
     row = label = 0
     for job in jobs:

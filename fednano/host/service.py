@@ -81,7 +81,7 @@ class LanguageHost(Calls, pb_grpc.LanguageHostServicer):
         Calls.__init__(self, limits, stats, verifier, pool, locked=llm.device.type == "cuda")
         self._llm, self._chunk_bytes = llm, chunk_bytes
         graphs, self._lane = Graphs(keep_graphs), Lane(llm.device)
-        self._forward, self._halves = partial(forward_jobs, graphs), Halves(self._work, graphs, stats)
+        self._forward, self._halves = partial(forward_jobs, graphs.open), Halves(self._work, graphs, stats)
         self._kept = kept if kept is not None else KeptSamples()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:  # noqa: N802

@@ -68,7 +68,7 @@ class EdgePart(nn.Module):
         self._unfold: Unfold | None = None
         # Moves with the module, as a table that stays on disk does not.
         self._like: Tensor
-        self.register_buffer("_like", next(token_embedding.parameters()).detach()[:0, :0], persistent=False)
+        self.register_buffer("_like", next(token_embedding.parameters()).new_empty(0), persistent=False)
         self.requires_grad_(False)
 
     def leave_table(self, files: ModelFiles, wanted: Callable[[str], bool]) -> None:

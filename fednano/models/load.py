@@ -81,6 +81,22 @@ def _among(keys: tuple[str, ...]) -> Callable[[str], bool]:
     return lambda key: any(part in key for part in keys)
 
 
+_in_table = _among(("embed_tokens.",))
+
+
+def _class_of(config: Any) -> Any:
+    """transformers' class of the whole model."""
+    return text_class(config) if is_textual(config) else multimodal_class(config)
+
+
+def _layerless(config: Any) -> Any:
+    """The same model without layers on either side."""
+    bared = copy.deepcopy(config)
+    for part in (bared,) if is_textual(bared) else (bared.text_config, bared.vision_config):
+        without_layers(part)
+    return bared
+
+
 def _keys(config: Any) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
     """Which keys of a checkpoint, in whatever of its formats, the vision side and the language side need."""
     vision = _among(tuple(f"{name}." for name in sides_of(bare(config)).vision))
@@ -98,8 +114,8 @@ def edge_keys(config: Any) -> Callable[[str], bool]:
     """
     if is_textual(config):
         return table_keys(config)
-    vision, in_table = _keys(config)[0], _among(("embed_tokens.",))
-    return lambda key: vision(key) or in_table(key)
+    vision = _keys(config)[0]
+    return lambda key: vision(key) or _in_table(key)
 
 
 def head_keys(config: Any) -> Callable[[str], bool]:
@@ -107,11 +123,8 @@ def head_keys(config: Any) -> Callable[[str], bool]:
 
     Args and errors as for :func:`edge_keys`.
     """
-    config = copy.deepcopy(config)
-    for part in (config,) if is_textual(config) else (config.text_config, config.vision_config):
-        without_layers(part)
     with torch.device("meta"):
-        empty = (text_class(config) if is_textual(config) else multimodal_class(config))(config)
+        empty = _class_of(config)(_layerless(config))
     empty.tie_weights()
     head, table = empty.get_output_embeddings(), empty.get_input_embeddings()
     source = table if head.weight is table.weight else head
@@ -140,7 +153,7 @@ def load_edge(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
     config.text_config.tie_word_embeddings = True
     model = build(files, multimodal_class(full), config, edge_keys(full), dtype)
     edge = _edge_part(model, full, files)
-    edge.leave_table(files, _among(("embed_tokens.",)))
+    edge.leave_table(files, _in_table)
     return edge.to(device)
 
 
@@ -169,11 +182,8 @@ def load_head(name_or_path: str, *, dtype: torch.dtype = torch.float32, device: 
     Args and errors as for :func:`load_edge`.
     """
     files = find_model(name_or_path)
-    config = copy.deepcopy(read_config(files))
-    cls = text_class(config) if is_textual(config) else multimodal_class(config)
-    for part in (config,) if is_textual(config) else (config.text_config, config.vision_config):
-        without_layers(part)
-    model = build(files, cls, config, head_keys(config), dtype)
+    config = read_config(files)
+    model = build(files, _class_of(config), _layerless(config), head_keys(config), dtype)
     found: nn.Module = model.get_output_embeddings().to(device)
     return found
 
@@ -186,8 +196,7 @@ def load_whole(name_or_path: str) -> Any:
     files = find_model(name_or_path)
     config = read_config(files)
     dtype = getattr(config, "dtype", None) or torch.float32
-    cls = text_class(config) if is_textual(config) else multimodal_class(config)
-    return build(files, cls, config, lambda _: True, dtype)
+    return build(files, _class_of(config), config, lambda _: True, dtype)
 
 
 def split_model(model: Any, name_or_path: str) -> tuple[EdgePart, LanguagePart]:
@@ -261,12 +270,11 @@ def count_parameters(name_or_path: str) -> dict[str, int]:
         ``{"model": ..., "edge": ...}``; tied weights count once.
     """
     config = read_config(find_model(name_or_path))
-    textual = is_textual(config)
     with torch.device("meta"):
-        model = (text_class(config) if textual else multimodal_class(config))(config)
+        model = _class_of(config)(config)
     model.tie_weights()
     edge = [model.get_input_embeddings()]
-    if not textual:
+    if not is_textual(config):
         sides = sides_of(model)
         edge += [child for name, child in sides.inner.named_children() if name in sides.vision]
     return {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -98,7 +100,7 @@ class Scene:
     def __init__(self, llm: LocalLLM, keep: int = 64) -> None:
         self.gated, graphs, lane = Gated(), Graphs(keep), Lane(llm.device)
         self.steps = StepBatcher(llm, self.gated.pool, self.gated.stats, batch_tokens=4096)
-        self.forward = partial(forward_jobs, graphs)
+        self.forward = partial(forward_jobs, graphs.open)
 
         async def run(work: Callable[[], Any]) -> Any:
             def job() -> Any:
@@ -109,15 +111,19 @@ class Scene:
 
         self.halves = Halves(run, graphs, self.gated.stats)
 
-    async def there(self, clients: list[Client]) -> list[tuple[Half, torch.Tensor]]:
-        """All first halves in one pass, and the gradients that the clients make of them."""
+    async def forward_halves(self, clients: list[Client]) -> list[tuple[Half, pb.Packed, memoryview]]:
+        """All first halves, those that wait in one pass; nobody has begun."""
         waiting = [
             asyncio.create_task(self.steps.run(client.ask(self.forward), f"c{index}"))
             for index, client in enumerate(clients)
         ]
         await asyncio.sleep(0.01)
         self.gated.gate.set()
-        found = [await each for each in waiting]
+        return [await each for each in waiting]
+
+    async def there(self, clients: list[Client]) -> list[tuple[Half, torch.Tensor]]:
+        """The same, each begun, and the gradients that the clients make of their hidden states."""
+        found = await self.forward_halves(clients)
         for half, _, _ in found:
             self.halves.begin(half)
         return [
@@ -229,24 +235,33 @@ def test_callers_that_left_before_their_answer_are_forgotten(
     clients = [Client(local, [7], seed=index) for index in range(3)]
 
     async def one_never_begins() -> None:
-        waiting = [
-            asyncio.create_task(scene.steps.run(client.ask(scene.forward), f"c{index}"))
-            for index, client in enumerate(clients)
-        ]
-        await asyncio.sleep(0.01)
-        scene.gated.gate.set()
-        found = [await each for each in waiting]
-        for half, packed, data in found[:2]:  # the third's caller is gone
+        found = await scene.forward_halves(clients)
+        for client, (half, packed, data) in zip(
+            clients[:2], found, strict=False
+        ):  # the third's caller is gone
             scene.halves.begin(half)
-            back = await scene.halves.backward(
-                half, clients[found.index((half, packed, data))].gradient(packed, data)
-            )
-            clients[found.index((half, packed, data))].check(half, back)
+            client.check(half, await scene.halves.backward(half, client.gradient(packed, data)))
             scene.halves.leave(half)
         assert len(scene.halves._meetings) == 1
         await asyncio.sleep(0.1)
 
     scene.play(one_never_begins)
+
+
+def test_graphs_of_callers_that_all_left_are_let_go(local: LocalLLM) -> None:
+    scene = Scene(local)
+    clients = [Client(local, [7], seed=index) for index in range(3)]
+    steps: list[weakref.ref[HiddenStep]] = []
+
+    async def nobody_begins() -> None:
+        found = await scene.forward_halves(clients)
+        steps.extend(weakref.ref(half.group.step) for half, _, _ in found if half.group is not None)
+        assert len(steps) == 3
+        assert all(step() is not None for step in steps)
+
+    scene.play(nobody_begins)
+    gc.collect()
+    assert [step() for step in steps] == [None, None, None]
 
 
 def test_what_does_not_fit_together_goes_alone(local: LocalLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ from test_textual import KINDS as TEXT_KINDS
 from test_textual import saved as saved_text
 
 from fednano.adapters import create
+from fednano.models import edge as edge_module
 from fednano.models import table
 from fednano.models.edge import NanoEdge
-from fednano.models.files import find_model
+from fednano.models.files import ModelFiles, find_model
 from fednano.models.load import count_parameters, load_edge
 from fednano.models.prompt import Prompt
 from fednano.models.table import StoredTable, leave_on_disk
@@ -66,6 +70,28 @@ def test_the_rows_lie_in_the_checkpoint(on_disk: None) -> None:
     assert mapped(edge.token_embedding.table) == str(find_model("tiny").folder / "model.safetensors")
     held = sum(parameter.numel() for parameter in edge.parameters())
     assert held == count_parameters("tiny")["edge"] - edge.vocabulary * edge.hidden_size
+
+
+@pytest.mark.parametrize("kind", ["tiny", next(iter(TEXT_KINDS))])
+def test_nothing_else_holds_the_table_in_memory(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def leave(files: ModelFiles, module: torch.nn.Module, wanted: Callable[[str], bool]) -> torch.nn.Module:
+        loaded.append(weakref.ref(module))
+        return leave_on_disk(files, module, wanted)
+
+    monkeypatch.setattr(table, "SMALL_BYTES", 0)
+    monkeypatch.setattr(edge_module, "leave_on_disk", leave)
+    edge = load_edge(kind if kind == "tiny" else str(folder_of(kind, tmp_path)))
+    gc.collect()
+    assert [each() for each in loaded] == [None]
+    storages = {
+        tensor.data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*edge.parameters(), *edge.buffers())
+    }
+    assert sum(storages.values()) == sum(t.nbytes for t in (*edge.parameters(), *edge.buffers()))
 
 
 def test_batches_and_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
