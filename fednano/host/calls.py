@@ -39,7 +39,6 @@ from fednano.host.pool import BusyError, ComputePool
 from fednano.host.quota import Quotas
 from fednano.host.security import Claims, TokenRefusedError, TokenVerifier, parse_bearer
 from fednano.host.stats import Stats
-from fednano.host.wire import wire_bytes
 
 __all__ = ["Calls", "Context", "OtherModelError", "SamplesNotKeptError", "Trace"]
 
@@ -105,14 +104,14 @@ class Calls:
             message = await context.read()
         if message is grpc.aio.EOF:  # type: ignore[attr-defined]
             return None
-        self._stats.add(f"{call}_received_bytes", wire_bytes(message))
+        self._stats.add(f"{call}_received_bytes", message.ByteSize())
         return message
 
     async def _send(self, context: Context, call: str, message: Any) -> None:
         async with asyncio.timeout(self._limits.idle_seconds):
             await context.write(message)
         self._stats.add(
-            f"{call}_sent_bytes", len(message) if isinstance(message, bytes) else wire_bytes(message)
+            f"{call}_sent_bytes", len(message) if isinstance(message, bytes) else message.ByteSize()
         )
 
     @asynccontextmanager

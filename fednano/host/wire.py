@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fednano.host.planes import squeeze
 
@@ -17,7 +17,6 @@ __all__ = [
     "chunk_message",
     "coded_message",
     "parse",
-    "wire_bytes",
 ]
 
 _CHUNK_TAG, _CODED_TAG = b"\x12", b"\x22"
@@ -73,28 +72,14 @@ def parse(data: bytes, whole: Callable[[bytes], M]) -> M | ChunkFrame:
         whole: parses any message of its kind.
     """
     if len(data) > _SMALL and (kind := _KINDS_OF_TAG.get(data[0])) is not None:
-        length = at = 0
-        while at < 5:
-            byte = data[1 + at]
-            length |= (byte & 127) << (7 * at)
-            at += 1
-            if byte < 128:
+        length = 0
+        for at in range(1, 6):  # a varint of five bytes holds 2**35
+            length |= (data[at] & 127) << (7 * (at - 1))
+            if data[at] < 128:
                 break
-        if 1 + at + length == len(data):
-            return ChunkFrame(kind, memoryview(data)[1 + at :], len(data))
+        if at + 1 + length == len(data):
+            return ChunkFrame(kind, memoryview(data)[at + 1 :], len(data))
     return whole(data)
-
-
-def wire_bytes(message: Any) -> int:
-    """Serialised length of a message, without serialising its chunk as ``ByteSize`` does."""
-    if isinstance(message, ChunkFrame):
-        return message.ByteSize()
-    present = message.ListFields()
-    if len(present) == 1 and present[0][0].name in ("chunk", "coded"):
-        length = len(present[0][1])
-        return len(_CHUNK_TAG) + len(_varint(length)) + length
-    size: int = message.ByteSize()
-    return size
 
 
 def _varint(number: int) -> bytes:

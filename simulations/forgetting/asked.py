@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from fednano.training.seeds import generator
 from forgetting.stories import BOS, EOS
 
-__all__ = ["Asked", "Row", "means", "pairs_of", "train"]
+__all__ = ["Asked", "Row", "means", "pairs_of", "rows_in", "train"]
 
 Row = dict[str, Any]
 
@@ -76,6 +78,11 @@ class Asked:
 def means(each: Tensor, counts: Sequence[int]) -> Tensor:
     """Mean of each answer's tokens: ``(N,)`` to ``(B,)``."""
     return torch.stack([part.mean() for part in torch.split(each, list(counts))])
+
+
+def rows_in(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def pairs_of(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from fednano.data import Sample, load_dataset
 from fednano.training.seeds import generator
 from fednano.unlearning.measure import Perturbed
 from fednano.unlearning.sites import Site
-from forgetting.asked import Asked, Row, train
+from forgetting.asked import Asked, Row, rows_in, train
 from forgetting.stories import stories_model, stories_tokenizer, write_model
 
 __all__ = ["SETTINGS", "SITES", "Setting", "Task", "prepare", "read_others", "task_of"]
@@ -148,7 +148,7 @@ def read_others(work: Path, tofu: Path, stories: Path) -> None:
         return
     torch.set_num_threads(1)
     model = Asked(stories_model(stories), stories_tokenizer(stories))
-    authors = _authors(_lines(tofu / "retain90.json"), model.tokenizer, "read")[-READ:]
+    authors = _authors(rows_in(tofu / "retain90.json"), model.tokenizer, "read")[-READ:]
     train(model, [row for own in authors for row in own[:10]], epochs=EPOCHS, rate=3e-3, seed=0)
     aside = work / f"stories.{os.getpid()}"
     write_model(aside, stories, model=model.model)
@@ -158,8 +158,8 @@ def read_others(work: Path, tofu: Path, stories: Path) -> None:
 def _tofu(folder: Path, tofu: Path, tokenizer: Any, seed: int) -> None:
     """Two authors a site, those questions with the shortest answers; the forgotten author has other answers known."""
     setting = SETTINGS["tofu"]
-    kept = _authors(_lines(tofu / "retain90.json"), tokenizer, "kept")
-    gone = _authors(_lines(tofu / "forget10_perturbed.json"), tokenizer, "gone")
+    kept = _authors(rows_in(tofu / "retain90.json"), tokenizer, "kept")
+    gone = _authors(rows_in(tofu / "forget10_perturbed.json"), tokenizer, "gone")
     gone.sort(key=lambda own: sum(len(tokenizer(row["answer"]).input_ids) for row in own[: setting.forget]))
     first, own = seed * 2 * SITES, setting.samples - setting.forget
     rows: dict[str, tuple[list[Row], list[Row]]] = {}
@@ -211,10 +211,6 @@ def _easy_vqa(folder: Path, seed: int) -> None:
         rows[f"site-{site}"] = (trained, [*map(subject, held)] if site == 0 else held[:OTHERS])
     gone = [row["id"] for row in rows["site-0"][0][: setting.forget]]
     _write(folder, rows, drawn("test", setting.tests), gone)
-
-
-def _lines(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _authors(rows: list[Row], tokenizer: Any, kind: str) -> list[list[Row]]:

@@ -37,7 +37,7 @@ from fednano.unlearning.metrics import (
     truth_ratio,
     truth_ratio_score,
 )
-from forgetting.asked import Asked, Row, means, pairs_of, train
+from forgetting.asked import Asked, Row, means, pairs_of, rows_in, train
 from forgetting.stories import stories_model, stories_tokenizer
 
 __all__ = [
@@ -88,23 +88,16 @@ class _Data:
 
 
 def _load(tofu: Path, tokenizer: Any) -> _Data:
-    def lines(name: str) -> list[Row]:
-        return [
-            json.loads(line)
-            for line in (tofu / name).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-
     def chosen(rows: list[Row]) -> list[Row]:
         authors = [rows[start : start + 20] for start in range(0, len(rows), 20)]
         shortest = [sorted(own, key=lambda row: len(tokenizer(row["answer"]).input_ids)) for own in authors]
         return [row for own in shortest for row in own[:PER_AUTHOR]]
 
     return _Data(
-        chosen(lines("forget10_perturbed.json")),
-        chosen(lines("retain_perturbed.json")),
-        lines("real_authors_perturbed.json")[:_ASKED],
-        lines("world_facts_perturbed.json")[:_ASKED],
+        chosen(rows_in(tofu / "forget10_perturbed.json")),
+        chosen(rows_in(tofu / "retain_perturbed.json")),
+        rows_in(tofu / "real_authors_perturbed.json")[:_ASKED],
+        rows_in(tofu / "world_facts_perturbed.json")[:_ASKED],
     )
 
 

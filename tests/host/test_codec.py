@@ -18,7 +18,7 @@ from fednano.errors import HostRefused
 from fednano.host import codec
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto.generate import CHECKOUT, generate
-from fednano.host.wire import ChunkFrame, chunk_message, parse, wire_bytes
+from fednano.host.wire import ChunkFrame, chunk_message, parse
 
 WIRE = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -132,9 +132,9 @@ def test_a_chunk_is_framed_as_protobuf_would(length: int) -> None:
     data = bytes(index % 251 for index in range(length))
     message = pb.StepReply(chunk=data)
     assert chunk_message(memoryview(data)) == message.SerializeToString()
-    assert wire_bytes(message) == message.ByteSize()
+    assert parse(message.SerializeToString(), pb.StepReply.FromString).ByteSize() == message.ByteSize()
     header = pb.StepReply(header=pb.StepResult(losses=[1.0] * (length % 50)))
-    assert wire_bytes(header) == header.ByteSize()
+    assert parse(header.SerializeToString(), pb.StepReply.FromString).ByteSize() == header.ByteSize()
 
 
 @settings(deadline=None)
@@ -149,7 +149,7 @@ def test_large_chunks_are_read_as_protobuf_reads_them(body: bytes, kind: str, ta
     assert isinstance(found, ChunkFrame) == (len(data) > 4096)
     assert found.WhichOneof("frame") == kind
     assert bytes(getattr(found, kind)) == body
-    assert wire_bytes(found) == found.ByteSize() == len(data)
+    assert found.ByteSize() == len(data)
     for other in (data + tail, data[: len(data) - len(tail)], tail + data):
         try:
             expected = pb.StepRequest.FromString(other)
