@@ -266,9 +266,9 @@ class Reply:
                 for name, value in content.metric_records["metrics"].items()
                 if isinstance(value, (int, float))
             }
+            failure = Failure(str(head["error-kind"]), str(head["error"])) if "error" in head else None
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UpdateRefused(f"the reply lacks what every reply has ({error}).") from error
-        failure = Failure(str(head["error-kind"]), str(head["error"])) if "error" in head else None
         arrays = content.array_records
         return cls(
             client=client,

@@ -191,6 +191,7 @@ NAMES = st.sampled_from(["client", "round", "error-kind", "error", "loss", "samp
     blob=st.none() | st.binary(max_size=60),
 )
 @example(head={"client": "a", "round": math.inf}, facts={}, metrics={}, left_out=set(), blob=None)
+@example(head={"client": "a", "round": 0, "error": "x"}, facts={}, metrics={}, left_out=set(), blob=None)
 @fuzzed
 def test_replies(
     head: dict[str, Any],
