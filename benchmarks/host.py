@@ -254,11 +254,39 @@ def compiled(bench: Bench) -> None:
     if bench.end - time.monotonic() < 60 and DEVICE.type != "cpu":
         return
     whole_path(bench)
+    _some_clients(bench)
+
+
+def _some_clients(bench: Bench) -> None:
     short, _, long = bench.shape.lengths
     with bench.serve() as host:
         for length in (short, long):
             for count in (1, 8, 64):
                 _drive(bench, host, bench.load(host, count, length), "together")
+
+
+def graphs(bench: Bench) -> None:
+    """Path, clients and right gradients again with passes that are recorded as CUDA graphs, compiled if they have been
+    before."""
+    if DEVICE.type != "cuda":
+        return
+    plain, engine = bench.llm, bench.engine
+    bench.llm, bench.engine = LocalLLM(bench.part, graphs=True), f"{engine}, CUDA graphs"
+    try:
+        bench.llm.passes.warm_up()
+        whole_path(bench)
+        _some_clients(bench)
+        with bench.serve() as host:
+            # The same few lengths again and again, so that most passes are replayed.
+            load = replace(bench.load(host), lengths=bench.shape.lengths * 4, steps=8)
+            name = f"{len(load.lengths)} clients, CUDA graphs"
+            row = host_faults.compared(bench.drivers, plain, bench.shape, load, name)
+        recorded = bench.llm.passes.graphs
+        assert recorded is not None
+        bench.add({**row, "recorded": len(recorded), "recorded_gb": recorded.held / 1e9})
+        recorded.let_go()
+    finally:
+        bench.llm, bench.engine = plain, engine
 
 
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
@@ -273,6 +301,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "faults": (faults, 100),
     # Last, because blocks that were compiled stay so for all that comes after.
     "compiled": (compiled, 100),
+    "graphs": (graphs, 75),
     # After all that is timed: a profiler that has been in a process slows every launch of a kernel from then on.
     "kernels": (kernels, 8),
 }

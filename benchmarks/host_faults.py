@@ -94,12 +94,17 @@ def correctness(drivers: Drivers, llm: LocalLLM, shape: Shape, load: Load, clien
     low, high = shape.lengths[0] // 2, shape.lengths[2]
     generator = torch.Generator().manual_seed(5)
     lengths = tuple(torch.randint(low, high + 1, (clients,), generator=generator).tolist())
-    driven, found = checked(
-        drivers, llm, shape, replace(load, lengths=lengths, steps=2, seconds=0.0, seed=9_000)
+    return compared(
+        drivers, llm, shape, replace(load, lengths=lengths, steps=2), f"{clients} clients with random lengths"
     )
+
+
+def compared(drivers: Drivers, llm: LocalLLM, shape: Shape, load: Load, name: str) -> dict[str, Any]:
+    """Each client's last gradient against a lone pass."""
+    driven, found = checked(drivers, llm, shape, replace(load, seconds=0.0, seed=9_000))
     return {
         "section": "fault",
-        "name": f"{clients} clients with random lengths",
+        "name": name,
         "errors": len(driven.errors) + driven.unavailable,
         "compared": len(found),
         "wrong": sum(not value < WRONG for value in found),

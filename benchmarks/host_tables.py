@@ -182,7 +182,7 @@ def plot(document: dict[str, Any], target: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fednano"  # the same picture, the same file
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     found = [row for row in _rows(document, "clients") if row["name"] == "together"]
-    for engine, style in (("plain", "-o"), ("compiled", "--s")):
+    for engine, style in (("plain", "-o"), ("compiled", "--s"), ("compiled, CUDA graphs", ":^")):
         for length in sorted({row["tokens"] for row in found if row["engine"] == engine}):
             own = [row for row in found if row["engine"] == engine and row["tokens"] == length]
             axes.plot(

@@ -71,9 +71,14 @@ def make_model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:
     """The model, ready to compute: a host that says it serves answers its first step as fast as its hundredth.
 
     Raises:
-        ConfigError: a memory limit without a GPU.
+        ConfigError: a memory limit without a GPU, CUDA graphs without exactly one.
     """
     gpu, memory = _on_gpu(part), None
+    if options.cuda_graphs and options.batch_tokens == 0:
+        raise ConfigError(
+            "--batch-tokens 0 promises bits that depend on the request alone, and with --cuda-graphs they depend on "
+            "what came before: leave one out"
+        )
     if options.memory_gb is not None and (not gpu or not options.memory_gb > 0):
         raise ConfigError(
             f"--memory-gb: got {options.memory_gb:g} on {part.devices[0]}; expected a number above 0, on a GPU"
@@ -81,7 +86,7 @@ def make_model(options: argparse.Namespace, part: LanguagePart) -> LocalLLM:
     if gpu:
         limit = None if options.memory_gb is None else int(options.memory_gb * 1e9)
         memory = PipelineMemory(part.devices, limit, passes=options.workers)
-    llm = LocalLLM(part, compiled=options.compile, memory=memory)
+    llm = LocalLLM(part, compiled=options.compile, memory=memory, graphs=options.cuda_graphs)
     if options.compile or gpu:
         llm.passes.warm_up()
     else:

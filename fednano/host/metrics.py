@@ -25,6 +25,8 @@ _GAUGES = {
     "kept_memory_bytes",
     "kept_disk_bytes",
     "kept_gpu_bytes",
+    "cuda_graphs",
+    "cuda_graph_bytes",
 }
 _HELP = {
     "step_tokens": "real tokens of training steps that were answered",
@@ -35,6 +37,8 @@ _HELP = {
     "batched_requests": "training steps that shared a pass with another",
     "in_flight": "requests admitted and not yet answered",
     "buffered_bytes": "tensor bytes of those requests",
+    "cuda_graphs": "sizes of passes that are recorded as CUDA graphs",
+    "cuda_graph_bytes": "memory of the GPU that only those use",
     "waiting": "training steps received and not yet computed",
 }
 

@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="compile the model's blocks at start (about a minute)")
     add(
+        "--cuda-graphs",
+        action="store_true",
+        help="record passes of sizes that come often, and tell the GPU each in one call; takes memory (see the docs)",
+    )
+    add(
         "--memory-gb",
         type=float,
         default=None,

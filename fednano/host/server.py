@@ -120,6 +120,7 @@ class HostServer:
                 f"listen: got {listen!r}, expected HOST:PORT, such as 127.0.0.1:50051, or port 0 for any"
             )
         self._credentials = self._security.credentials(listen)
+        self._llm = llm
         self.stats = Stats()
         self._pool = ComputePool(self._limits, self.stats, workers=workers, threads=threads)
         self._kept = kept if kept is not None else KeptSamples()
@@ -139,8 +140,13 @@ class HostServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
     def counters(self) -> dict[str, int]:
-        """All counters: `fednano.host.stats.Stats` and `fednano.host.kept.KeptSamples.counters`. From any thread."""
-        return {**self.stats.snapshot(), **self._kept.counters()}
+        """All counters: `fednano.host.stats.Stats`, `fednano.host.kept.KeptSamples.counters`, and of CUDA graphs. From
+        any thread."""
+        graphs = self._llm.passes.graphs
+        found = {**self.stats.snapshot(), **self._kept.counters()}
+        return (
+            found if graphs is None else found | {"cuda_graphs": len(graphs), "cuda_graph_bytes": graphs.held}
+        )
 
     async def start(self) -> str:
         """Bind and serve.

@@ -180,15 +180,26 @@ class LocalLLM:
         part: the language half of a model, already on its device and in its dtype.
         compiled: compile the decoder's blocks with ``torch.compile``; the first passes then take a minute.
         memory: what is known of the device's memory; ``None`` asks CUDA, and plans nothing elsewhere.
+        graphs: record passes as CUDA graphs, see `Passes`.
+
+    Raises:
+        ConfigError: graphs of a model that does not lie on one GPU.
     """
 
-    def __init__(self, part: LanguagePart, *, compiled: bool = False, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        part: LanguagePart,
+        *,
+        compiled: bool = False,
+        memory: Memory | None = None,
+        graphs: bool = False,
+    ) -> None:
         self.part = part
         for module in (part.decoder, part.head):
             module.eval().requires_grad_(False)
         weight = next(part.decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.passes = Passes(part, compiled=compiled, memory=memory)
+        self.passes = Passes(part, compiled=compiled, memory=memory, graphs=graphs)
 
     @property
     def hidden_size(self) -> int:

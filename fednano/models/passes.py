@@ -7,6 +7,7 @@ still computes.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,15 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from fednano.adapters.fused import kernels_for
+from fednano.errors import ConfigError
 from fednano.models.blocks import Blocks
-from fednano.models.images import Images, decoder_inputs
+from fednano.models.cuda_graphs import CudaGraphs, Decode
+from fednano.models.images import Images, ImageUse, decoder_inputs
 from fednano.models.layout import Layout, lay_out
 from fednano.models.memory import Cost, Memory, Part, PipelineMemory, plan, smaller
+from fednano.models.packing import never_packed
 
 if TYPE_CHECKING:
     from fednano.models.language import LanguagePart
 
 __all__ = ["Passes", "sample_losses"]
+
+log = logging.getLogger(__name__)
 
 _WARM_TOKENS = 512
 
@@ -36,12 +42,24 @@ class Passes:
         part: the language part, on its device.
         compiled: compile the decoder's blocks with ``torch.compile``.
         memory: what is known of the device's memory; ``None`` asks CUDA, and plans nothing elsewhere.
+        graphs: record passes of sizes that come often as CUDA graphs (`fednano.models.cuda_graphs`).
+
+    Raises:
+        ConfigError: graphs of a model that does not lie on one GPU.
 
     Attributes:
         turn: held while the decoder runs, where its own buffers change during a pass.
+        graphs: the recorded passes; ``None`` without.
     """
 
-    def __init__(self, part: LanguagePart, *, compiled: bool = False, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        part: LanguagePart,
+        *,
+        compiled: bool = False,
+        memory: Memory | None = None,
+        graphs: bool = False,
+    ) -> None:
         weight = next(part.decoder.parameters())
         self._part, self.device, self.dtype = part, weight.device, weight.dtype
         self._head_device = next(part.head.parameters()).device
@@ -54,6 +72,17 @@ class Passes:
         kinds = [str(getattr(m, "rope_type", "")) for m in part.decoder.modules()]
         stateful = any("dynamic" in kind or "longrope" in kind for kind in kinds)
         self.turn: AbstractContextManager[Any] = threading.Lock() if stateful else nullcontext()
+        self.graphs: CudaGraphs | None = None
+        if graphs:
+            if part.devices != [self.device] or self.device.type != "cuda":
+                where = ", ".join(map(str, part.devices))
+                raise ConfigError(f"CUDA graphs need a model on one GPU; this one lies on {where}")
+            if stateful:
+                log.warning("no CUDA graphs: this decoder's rotary embedding changes during a pass")
+            else:
+                self.graphs = CudaGraphs(
+                    self._decode, part.hidden_size, self.dtype, self.device, part.max_positions
+                )
 
     def compute(
         self,
@@ -81,10 +110,12 @@ class Passes:
         """
         mask, labels = mask.detach().cpu().bool(), labels.detach().cpu()
         lengths = mask.sum(1).tolist()
-        parts = self.parts(lengths)
+        parts = self._parts_of(lengths)
         batch = embeds, mask, labels, objective, want_gradient, images, launched
         while (done := self._try(parts, *batch)) is None:
             # The plan was wrong, or others took the memory meanwhile.
+            if self.graphs is not None and self.graphs.let_go():
+                continue
             parts = smaller(parts, len(lengths), len(self._blocks))
             if not parts:
                 raise torch.OutOfMemoryError("a sample does not fit into the memory that is free now")
@@ -133,7 +164,44 @@ class Passes:
         """How to cut a batch."""
         if self._memory is None or self._cost is None:
             return [Part(slice(0, len(lengths)))]
-        return plan(lengths, self._cost, self._memory.free(), len(self._blocks))
+        try:
+            parts = plan(lengths, self._cost, self._free(), len(self._blocks))
+        except MemoryError:
+            parts = []
+        if len(parts) == 1 or self.graphs is None or not self.graphs.let_go():
+            return parts or plan(lengths, self._cost, self._free(), len(self._blocks))
+        return plan(lengths, self._cost, self._free(), len(self._blocks))
+
+    def _parts_of(self, lengths: list[int]) -> list[Part]:
+        """How to cut a batch of which a whole pass may be recorded."""
+        if self.graphs is not None and self.graphs.has(len(lengths), max(lengths)):
+            return [Part(slice(0, len(lengths)))]
+        return self.parts(lengths)
+
+    def _free(self) -> int:
+        """Bytes that a pass may take now, beside what recorded ones hold."""
+        assert self._memory is not None
+        return self._memory.free() - (0 if self.graphs is None else self.graphs.held)
+
+    def _needed(self, tokens: int) -> int:
+        """Bytes that a pass over so many tokens takes."""
+        return 0 if self._cost is None else int(self._cost.fixed + self._cost.per_token * tokens)
+
+    def _decoder_for(
+        self, layout: Layout, samples: int, checkpoints: int
+    ) -> AbstractContextManager[Decode | None]:
+        """What stands for the decoder in a pass of its own; see `CudaGraphs.decoder`."""
+        plain = self._part.image_use is ImageUse.PLAIN or not any(map(len, layout.images))
+        if self.graphs is None or self._memory is None or checkpoints or not plain:
+            return nullcontext()
+        return self.graphs.decoder(samples, layout.longest, self._needed, self._free)
+
+    def _decode(self, x: Tensor, images: Images = ()) -> Tensor:
+        """Hidden states ``(B, L, d)`` of embeddings ``(B, L, d)``."""
+        where = decoder_inputs(self._part.image_use, self._part.image_masks, x, images)
+        with never_packed():
+            states: Tensor = self._part.decoder(inputs_embeds=x, use_cache=False, **where).last_hidden_state
+        return states
 
     def _one(
         self,
@@ -149,8 +217,9 @@ class Passes:
         """Losses and gradient of some of a batch's samples, outside of any graph."""
         layout = lay_out(mask[part.rows], labels[part.rows], images[part.rows])
         rows = embeds.detach()[part.rows].requires_grad_(want_gradient)
-        with torch.set_grad_enabled(want_gradient):
-            losses = self._losses(rows, layout, objective, part.checkpoints)
+        decoder = self._decoder_for(layout, len(rows), part.checkpoints)
+        with decoder as decode, torch.set_grad_enabled(want_gradient):
+            losses = self._losses(rows, layout, objective, part.checkpoints, decode)
             launched()
             gradient = torch.autograd.grad(losses.sum(), rows)[0] if want_gradient else None
             return losses.detach().to(self.device), gradient
@@ -174,22 +243,31 @@ class Passes:
         targets = layout.targets.to(found.device, non_blocking=True)
         return found, targets, layout.counts
 
-    def _losses(self, embeds: Tensor, layout: Layout, objective: str, checkpoints: int) -> Tensor:
+    def _losses(
+        self, embeds: Tensor, layout: Layout, objective: str, checkpoints: int, decode: Decode | None
+    ) -> Tensor:
         """Losses ``(B,)`` on the model's device, as a graph over ``embeds`` ``(B, T, d)``."""
-        hidden = self.states(embeds, layout, checkpoints)
+        hidden = self.states(embeds, layout, checkpoints, decode)
         targets = layout.targets.to(hidden.device, non_blocking=True)
         with current(hidden.device):
             return sample_losses(self._part.head, hidden, targets, layout.counts, objective)
 
-    def states(self, embeds: Tensor, layout: Layout, checkpoints: int = 0) -> Tensor:
-        """Hidden states ``(N, d)`` that predict the layout's labels, as a graph over ``embeds`` ``(B, T, d)``."""
+    def states(
+        self, embeds: Tensor, layout: Layout, checkpoints: int = 0, decode: Decode | None = None
+    ) -> Tensor:
+        """Hidden states ``(N, d)`` that predict the layout's labels, as a graph over ``embeds`` ``(B, T, d)``.
+
+        Args:
+            embeds: ``(B, T, d)``.
+            layout: of the batch.
+            checkpoints: blocks that keep their input alone.
+            decode: stands for the decoder.
+        """
         x = layout.align(embeds.to(self.device, self.dtype))  # (B, L, d)
         chosen = layout.chosen.to(self.device, non_blocking=True)
-        where = decoder_inputs(self._part.image_use, self._part.image_masks, x, layout.images)
         with self.turn, self._blocks.checkpointed(checkpoints):
-            out = self._part.decoder(inputs_embeds=x, use_cache=False, **where)
-        hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, chosen)
-        return hidden.to(self._head_device)
+            states = self._decode(x, layout.images) if decode is None else decode(x)
+        return states.flatten(0, 1).index_select(0, chosen).to(self._head_device)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -103,5 +103,7 @@ def test_logs_for_people_say_the_same(local: LocalLLM, capsys: pytest.CaptureFix
 def test_a_host_serves_only_after_a_first_pass() -> None:
     part, passes = tiny_part(), []
     part.decoder.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    make_model(Namespace(compile=False, memory_gb=None, workers=1), part)
+    make_model(
+        Namespace(compile=False, cuda_graphs=False, batch_tokens=None, memory_gb=None, workers=1), part
+    )
     assert passes == [True]
