@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fednano.errors import ConfigError
+
 __all__ = ["CudaGraphs", "CudaPool", "Decode", "Pool", "Recorded", "Size"]
 
 log = logging.getLogger(__name__)
@@ -183,6 +185,21 @@ class CudaGraphs:
         if recorded is None:
             yield None  # beside others' passes
 
+    def first(self) -> None:
+        """Record the smallest size, so that a decoder for which that is impossible is known at the start.
+
+        Raises:
+            ConfigError: it is impossible.
+        """
+        size = Size.of(1, 1, self._longest)
+        try:
+            self._recorded[size] = self._pool.record(self._decode, self._zeros(size))
+        except Exception as error:
+            why = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"this model's passes cannot be recorded as CUDA graphs ({why}); leave out --cuda-graphs"
+            ) from error
+
     def let_go(self) -> bool:
         """Give the memory back, for good as far as it was more than half; whether there was any."""
         with self._lock:
@@ -208,9 +225,8 @@ class CudaGraphs:
         grows = max(takes - self.held, 0)
         if takes + grows > there or self.held + grows > _SHARE * (there + self.held):
             return None
-        x = torch.zeros(size.samples, size.tokens, self._width, **self._options)  # type: ignore[call-overload]
         try:
-            found = self._pool.record(self._decode, x)
+            found = self._pool.record(self._decode, self._zeros(size))
         except (
             Exception
         ) as error:  # a decoder may ask for what cannot be recorded; then it is told kernel by kernel
@@ -226,6 +242,10 @@ class CudaGraphs:
             del self._seen[old]
         return found
 
+    def _zeros(self, size: Size) -> Tensor:
+        x: Tensor = torch.zeros(size.samples, size.tokens, self._width, **self._options)  # type: ignore[call-overload]
+        return x
+
 
 class CudaPool:
     """One pool of memory for the graphs of all sizes; see `Pool`.
@@ -235,6 +255,9 @@ class CudaPool:
 
     def __init__(self) -> None:
         self._handle: Any = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = (
+            None  # one for all: memory is free again on its own stream only
+        )
         self._last: torch.cuda.Event | None = None
         self.held = 0
 
@@ -250,7 +273,9 @@ class CudaPool:
         """
         with torch.cuda.device(x.device), torch.enable_grad():
             x.requires_grad_()
-            own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            own = self._stream
             own.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(own):
                 for _ in range(2):  # compiles, tunes and allocates what must not be recorded

@@ -22,8 +22,8 @@ from fednano.models.blocks import Blocks
 from fednano.models.cuda_graphs import CudaGraphs, Decode
 from fednano.models.images import Images, ImageUse, decoder_inputs
 from fednano.models.layout import Layout, lay_out
+from fednano.models.masks import plain_rows
 from fednano.models.memory import Cost, Memory, Part, PipelineMemory, plan, smaller
-from fednano.models.packing import never_packed
 
 if TYPE_CHECKING:
     from fednano.models.language import LanguagePart
@@ -139,7 +139,11 @@ class Passes:
         self._one(Part(slice(0, 1)), embeds, labels == 0, labels, "cross_entropy", True)
 
     def warm_up(self) -> None:
-        """Run the first passes, which load kernels and compile, and measure what a token takes on a GPU."""
+        """Run the first passes, which load kernels and compile, and measure what a token takes on a GPU.
+
+        Raises:
+            ConfigError: graphs were asked for, and this decoder cannot be recorded.
+        """
         tokens = min(_WARM_TOKENS, self._part.max_positions)
 
         def run(samples: int, length: int, checkpoints: int = 0) -> tuple[int, int]:
@@ -159,6 +163,8 @@ class Passes:
         double = run(2, tokens)
         kept = run(2, tokens, len(self._blocks)) if len(self._blocks) else double
         self._cost = Cost.fit(single, double, kept)
+        if self.graphs is not None:
+            self.graphs.first()
 
     def parts(self, lengths: list[int]) -> list[Part]:
         """How to cut a batch."""
@@ -199,7 +205,7 @@ class Passes:
     def _decode(self, x: Tensor, images: Images = ()) -> Tensor:
         """Hidden states ``(B, L, d)`` of embeddings ``(B, L, d)``."""
         where = decoder_inputs(self._part.image_use, self._part.image_masks, x, images)
-        with never_packed():
+        with plain_rows():
             states: Tensor = self._part.decoder(inputs_embeds=x, use_cache=False, **where).last_hidden_state
         return states
 

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_passes import D, Small, batch, part
 from torch import Tensor
+from transformers import masking_utils
 
 from fednano.errors import ConfigError
 from fednano.models.cuda_graphs import CudaGraphs, Decode, Recorded, Size
 from fednano.models.language import LocalLLM
+from fednano.models.masks import plain_rows
 from fednano.models.memory import Cost
-from fednano.models.packing import never_packed
 
 
 class Replayed:
@@ -233,8 +234,6 @@ def test_a_model_on_a_cpu_records_nothing() -> None:
 
 
 def test_transformers_does_not_look_for_packed_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import masking_utils
-
     asked: list[int] = []
     ask = masking_utils.find_packed_sequence_indices
     ask = getattr(ask, "__wrapped__", ask)
@@ -242,7 +241,7 @@ def test_transformers_does_not_look_for_packed_samples(monkeypatch: pytest.Monke
         masking_utils, "find_packed_sequence_indices", lambda rows: (asked.append(1), ask(rows))[1]
     )
     packed = torch.tensor([[0, 1, 2, 0, 1]])
-    with never_packed():
+    with plain_rows():
         assert masking_utils.find_packed_sequence_indices(packed) is None
     assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 0, 1, 1]]
     asked.clear()
@@ -250,7 +249,30 @@ def test_transformers_does_not_look_for_packed_samples(monkeypatch: pytest.Monke
     assert not asked
 
 
+def test_a_pass_that_is_recorded_gets_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a CUDA graph is recorded transformers would make one, and attention take another way than before."""
+    llm, masks = LocalLLM(part()), []
+    attention = llm.part.decoder.layers[0].self_attn  # type: ignore[union-attr, index]
+    attention.register_forward_pre_hook(
+        lambda _module, _args, given: masks.append(given["attention_mask"]), with_kwargs=True
+    )
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    step(llm, [8, 8])
+    assert masks == [None]
+
+
+def test_a_decoder_that_cannot_be_recorded_is_told_at_the_start() -> None:
+    llm, pools = recording()
+    assert llm.passes.graphs is not None
+    llm.passes.graphs.first()
+    assert pools[0].sizes == [(1, 16, D)]
+    pools[0].fails = True
+    with pytest.raises(ConfigError, match=r"not permitted when stream is capturing.*leave out --cuda-graphs"):
+        llm.passes.graphs.first()
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lengths", [[9], [16, 16], [20, 7, 20, 13, 2]])
@@ -274,11 +296,32 @@ def test_on_a_gpu(dtype: torch.dtype, compiled: bool, lengths: list[int]) -> Non
             assert right is not None
             ours, theirs = ((x.cpu().float() - right).norm() / right.norm() for x in (one, other))
             assert ours <= 2 * theirs + 1e-6
-    assert len(recorded.passes.graphs or ()) == 1
+    assert len(recorded.passes.graphs or ()) == len(
+        {Size.of(1, 1, 64), Size.of(len(lengths), max(lengths), 64)}
+    )
     assert recorded.passes.graphs is not None
     assert recorded.passes.graphs.held > 0
     assert recorded.passes.graphs.let_go()
     step(recorded, lengths)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_largest_size_decides_how_much_is_held() -> None:
+    own = part()
+    for module in (own.decoder, own.head):
+        module.to("cuda")
+    llm = LocalLLM(own, graphs=True)
+    llm.passes.warm_up()
+    graphs = llm.passes.graphs
+    assert graphs is not None
+    held = []
+    for samples in (2000, 3000, 2500, 1500, 3000):
+        for _ in range(3):
+            step(llm, [60] * samples)
+        held.append(graphs.held)
+    assert len(graphs) == 5  # the first of all among them
+    assert held[1] < 2 * held[0]  # of 3000, rather than of both
+    assert held[-1] == held[1]
 
 
 @pytest.mark.gpu
