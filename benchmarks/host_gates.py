@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,9 +34,13 @@ def gates(rows: Sequence[Mapping[str, Any]], shape: Shape) -> list[Gate]:
             found.append(
                 Gate(f"8 clients of 1 at {length} tokens: together over one at a time", ratio, bound, ">=")
             )
-    paths = [row["ratio"] for row in pick("path", tokens=long)]
+    paths = pick("path", tokens=long)
     if paths:
-        best = max(paths)
+        # The best way to set the host up; of its turns the median, of two the mean.
+        best = max(
+            statistics.median(row["ratio"] for row in paths if row["engine"] == engine)
+            for engine in {row["engine"] for row in paths}
+        )
         found.append(
             Gate(f"8 clients over TLS at {long} tokens over the same batch in process", best, 0.90, ">=")
         )

@@ -26,7 +26,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -220,6 +220,22 @@ def validate(document: Mapping[str, Any], *, stem: str | None = None) -> None:
     _check_finite(dict(document), "results")
 
 
+def judge_again(path: str | os.PathLike[str], gates: Callable[[Sequence[Row]], Sequence[Gate]]) -> None:
+    """Read the gates off a file's rows anew, where their definition has changed since; nothing that was measured does.
+
+    Args:
+        path: of the file.
+        gates: promises, from all rows.
+
+    Raises:
+        ResultsError: the document does not have the agreed shape.
+    """
+    target = Path(path)
+    document = read_results(target)
+    document["gates"] = [gate.as_dict() for gate in gates(document["rows"])]
+    _write(target, document)
+
+
 def write_results(
     path: str | os.PathLike[str],
     *,
@@ -259,6 +275,11 @@ def write_results(
         "rows": [dict(row) for row in rows],
         "gates": [gate.as_dict() for gate in gates],
     }
+    _write(target, document)
+    return document
+
+
+def _write(target: Path, document: Mapping[str, Any]) -> None:
     validate(document, stem=target.stem)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -267,7 +288,6 @@ def write_results(
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
-    return document
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def test_gates_take_the_plain_host_and_the_best_pass() -> None:
         {"section": "pass", "name": "plain", "samples": 16, "tokens": long, "useful_tflops": 400.0},
         {"section": "pass", "name": "compiled", "samples": 16, "tokens": long, "useful_tflops": 500.0},
         {"section": "pass", "name": "plain, within 1 GB", "samples": 8, "tokens": long, "peak_gb": 25.0},
+        *(
+            {"section": "path", "engine": engine, "turn": turn, "tokens": long, "ratio": ratio}
+            for engine, ratios in (("plain", (0.95, 0.80, 0.70)), ("compiled", (0.85, 0.50, 0.90)))
+            for turn, ratio in enumerate(ratios)
+        ),
         {"section": "bytes", "name": "full", "bytes_per_sample_step": 310.0},
         {"section": "bytes", "name": "factored", "bytes_per_sample_step": 10.0},
         {"section": "fault", "name": "lost", "wrong": 1, "errors": 0, "memory_over_base": 1.0},
@@ -50,11 +55,12 @@ def test_gates_take_the_plain_host_and_the_best_pass() -> None:
     ]
     found = {gate.name: gate for gate in gates(rows, SHAPE)}
     assert found[f"8 clients of 1 at {short} tokens: together over one at a time"].value == pytest.approx(4.9)
+    assert found[f"8 clients over TLS at {long} tokens over the same batch in process"].value == 0.85
     assert found[f"useful TFLOP/s at 16 x {long}"].value == 500
     assert found[f"peak GB at 8 x {long}"].met
     assert found["bytes, full over factored, rank 4, batch 8"].value == pytest.approx(31)
     assert not found["lost: wrong gradients"].met
-    assert len(found) == 7
+    assert len(found) == 8
     assert gates([], SHAPE) == []
 
 

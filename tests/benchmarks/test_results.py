@@ -115,6 +115,17 @@ def test_a_file_edited_by_hand_is_caught(tmp_path: Path) -> None:
         results.read_results(file)
 
 
+def test_gates_can_be_read_off_the_same_rows_again(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    before = results.write_results(path, rows=[{"x": 3.0}], gates=[Gate("x", 3.0, 2.0, "<=")])
+    results.judge_again(path, lambda rows: [Gate("half of x", rows[0]["x"] / 2, 2.0, "<=")])
+    after = results.read_results(path)
+    assert [(gate["name"], gate["met"]) for gate in after["gates"]] == [("half of x", True)]
+    assert {key: value for key, value in after.items() if key != "gates"} == {
+        key: value for key, value in before.items() if key != "gates"
+    }
+
+
 def test_commit_is_named_by_the_environment_or_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDNANO_COMMIT", "abc123")
     assert results.current_commit() == "abc123"
