@@ -181,10 +181,8 @@ def _drive(bench: Bench, host: RunningHost, load: Load, name: str) -> None:
 
 
 def _pass_ms(before: dict[str, int], after: dict[str, int]) -> float:
-    """Mean time of a pass in the host's worker."""
-    spent, count = (
-        after.get(name, 0) - before.get(name, 0) for name in ("computed_milliseconds", "computed")
-    )
+    """Mean time of a pass."""
+    spent, count = (after.get(name, 0) - before.get(name, 0) for name in ("pass_milliseconds", "batches"))
     return spent / max(count, 1)
 
 

@@ -27,8 +27,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from fednano.errors import ConfigError, HostRefused
+from fednano.host.ahead import Ahead
 from fednano.host.jobs import Compute, Job, compute_jobs
-from fednano.host.lane import Lane
+from fednano.host.lane import Done, Lane
 from fednano.host.logs import event
 from fednano.host.pool import ComputePool
 from fednano.host.stats import Stats
@@ -129,6 +130,7 @@ class StepBatcher:
         self._llm, self._pool, self._stats, self._tokens = llm, pool, stats, batch_tokens
         self._linger = linger_seconds if batch_tokens else 0.0
         self._lane = Lane(llm.device)
+        self._ahead = Ahead(self._launch_ahead)
         # By client; the next turn is the first's.
         self._waiting: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         self._running: set[asyncio.Task[None]] = set()
@@ -200,9 +202,18 @@ class StepBatcher:
                 return
             if not (batch := self._take()):
                 return
-            task = asyncio.create_task(self._compute(batch))
-            self._running.add(task)
-            task.add_done_callback(self._ended)
+            self._begin(batch)
+
+    def _begin(self, batch: list[_Waiting]) -> None:
+        task = asyncio.create_task(self._compute(batch))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
+    def _launch_ahead(self) -> None:
+        """Begin the next pass behind the one that the device is about to end with, if enough waits for it."""
+        alone = self._pool.workers == len(self._running) == 1
+        if self._lane.apart and alone and self._quiet.is_set() and self._waiting_tokens() >= _ENOUGH_TOKENS:
+            self._begin(self._take())
 
     def _pause(self) -> float:
         """Seconds to wait for clients that were answered a moment ago; 0 to begin."""
@@ -263,7 +274,9 @@ class StepBatcher:
         self._stats.add("batches")
         if len(batch) > 1:
             self._stats.add("batched_requests", len(batch))
-        began = time.monotonic()
+        under_way = self._ahead.begin(
+            sum(request.samples for request in batch) * max(request.longest for request in batch)
+        )
         try:
             found = await self._together(batch)
         except BaseException as error:
@@ -273,8 +286,10 @@ class StepBatcher:
             if not isinstance(error, Exception):
                 raise
             return
-        self._free_since = time.monotonic()
-        self._pass_seconds = self._free_since - began
+        finally:
+            self._pass_seconds = self._ahead.end(under_way)
+            self._stats.add("pass_milliseconds", round(1000 * self._pass_seconds))
+            self._free_since = time.monotonic()
         self._tell(batch)
         if self._lane.apart and self._waiting_tokens() >= _ENOUGH_TOKENS:
             # Nobody is waited for then: the next pass comes before these replies, see `_launched`.
@@ -325,17 +340,20 @@ class StepBatcher:
         if self._lane.apart:
             self._quiet.clear()
         try:
-            return await self._pool.run(lambda: self._work(batch, launched))
+            found, done = await self._pool.run(lambda: self._work(batch, launched))
         finally:
             self._quiet.set()
+        await self._pool.wait(done)
+        return found
 
-    def _work(self, batch: list[_Waiting], launched: Callable[[], None]) -> list[_Found]:
-        """On a worker: one pass. On a CPU, also what comes before and after it."""
+    def _work(self, batch: list[_Waiting], launched: Callable[[], None]) -> tuple[list[_Found], Done]:
+        """On a worker: one pass, or where it is computed apart, the telling of it. On a CPU, also what comes before and
+        after it."""
         compute = partial(self._pass, batch[0].ask.compute, launched)
         if self._lane.apart:
-            with self._lane.computing():
+            with self._lane.launching() as done:
                 jobs = [request.job for request in batch if request.job]
-                return [partial(job.finish, *outcome) for job, outcome in compute(jobs)]
+                return [partial(job.finish, *outcome) for job, outcome in compute(jobs)], done
         found: dict[int, _Found] = {}
         made: dict[int, Job] = {}
         for index, request in enumerate(batch):
@@ -345,7 +363,7 @@ class StepBatcher:
                 found[index] = error
         for index, (job, outcome) in zip(made, compute(list(made.values())), strict=True):
             found[index] = partial(_same, job.finish(*outcome))
-        return [found[index] for index in range(len(batch))]
+        return [found[index] for index in range(len(batch))], Done()
 
     def _pass(
         self, compute: Compute, launched: Callable[[], None], jobs: list[Job]

@@ -12,7 +12,23 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Lane"]
+__all__ = ["Done", "Lane"]
+
+
+class Done:
+    """The end of what a device was told.
+
+    Attributes:
+        event: that it comes to; ``None`` where nothing is left to wait for.
+    """
+
+    def __init__(self) -> None:
+        self.event: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Until it has come to it."""
+        if self.event is not None:
+            self.event.synchronize()
 
 
 class Lane:
@@ -43,16 +59,21 @@ class Lane:
             self._streams.own.synchronize()
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """What the ``with`` block asks of the device is done when it ends."""
+    def launching(self) -> Iterator[Done]:
+        """Within the ``with`` block the device is told what to do; what is yielded waits, later, until it is done."""
+        done = Done()
         if not self._cuda:
-            yield
+            yield done
             return
         with torch.cuda.device(self.device):
-            try:
-                yield
-            finally:
-                # By an event: the driver's other way of waiting keeps a core busy that the event loop needs.
-                done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                done.record()
-                done.synchronize()
+            yield done
+            # By an event: the driver's other way of waiting keeps a core busy that the event loop needs.
+            done.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.event.record()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What the ``with`` block asks of the device is done when it ends."""
+        with self.launching() as done:
+            yield
+        done.wait()

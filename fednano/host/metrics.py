@@ -34,6 +34,7 @@ _HELP = {
     "computed": "jobs that a worker ran",
     "computed_milliseconds": "time that workers computed, all together",
     "batches": "passes over the model for training steps",
+    "pass_milliseconds": "time that those took the device, all together",
     "batched_requests": "training steps that shared a pass with another",
     "in_flight": "requests admitted and not yet answered",
     "buffered_bytes": "tensor bytes of those requests",

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from fednano.errors import ConfigError
+from fednano.host.lane import Done
 from fednano.host.limits import HostLimits
 from fednano.host.stats import Stats
 
@@ -57,6 +58,8 @@ class ComputePool:
         self.workers = workers
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="language-host")
         self._carriers = ThreadPoolExecutor(_CARRIERS, thread_name_prefix="language-host-carrier")
+        # A pass for each worker, and one that was launched before the last had ended.
+        self._waiters = ThreadPoolExecutor(workers + 1, thread_name_prefix="language-host-waiter")
 
     @asynccontextmanager
     async def admit(self, nbytes: int) -> AsyncIterator[None]:
@@ -100,7 +103,12 @@ class ComputePool:
         """Run ``work`` beside the workers: copies to and from a device."""
         return await asyncio.get_running_loop().run_in_executor(self._carriers, work)
 
+    async def wait(self, done: Done) -> None:
+        """Until a device has done what a worker told it; the worker is free meanwhile."""
+        if done.event is not None:
+            await asyncio.get_running_loop().run_in_executor(self._waiters, done.wait)
+
     async def close(self) -> None:
         """Drop what waits, let running computations end."""
-        for executor in (self._executor, self._carriers):
+        for executor in (self._executor, self._carriers, self._waiters):
             await asyncio.to_thread(executor.shutdown, wait=True, cancel_futures=True)

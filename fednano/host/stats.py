@@ -14,7 +14,7 @@ class Stats:
     ``<call>_tokens``, ``<call>_received_bytes`` and ``<call>_sent_bytes`` (serialised messages); ``computed``
     (jobs that ran) and ``computed_milliseconds``; for each reason, ``refused_<reason>``; ``cancelled`` (the caller
     left or its deadline passed); ``batches``, ``batched_requests`` (those that shared a pass) and ``batches_split``
-    (for want of memory).
+    (for want of memory); ``pass_milliseconds``, the time that the device had for them.
     Those that also fall: ``in_flight`` (requests admitted), ``buffered_bytes`` (their tensors) and ``waiting`` (steps
     received and not yet computed). These stand at 0 from the start, so that a reader finds them on an idle host too.
     """

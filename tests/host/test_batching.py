@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from fednano.host import HostLimits, RemoteLLM, codec, serve
 from fednano.host.batching import Ask, StepBatcher
 from fednano.host.compute import step_job
 from fednano.host.jobs import Job, Reply
-from fednano.host.lane import Lane
+from fednano.host.lane import Done, Lane
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.stats import Stats
@@ -293,6 +296,102 @@ def test_replies_go_out_when_the_next_pass_is_launched(
 
     gated.play(scene)
     assert events == ["begin 1", "launched 1", "begin 3", "launched 3", "reply first", *["reply second"] * 3]
+
+
+class Device:
+    """Does what it is told one after the other, a fifth of a second each, while whoever told it goes on."""
+
+    def __init__(self) -> None:
+        self.free = 0.0
+        self.passes: list[tuple[float, float]] = []  # told, done
+
+    def tell(self) -> Any:
+        told = time.monotonic()
+        self.free = end = max(told, self.free) + 0.2
+        self.passes.append((told, end))
+        return SimpleNamespace(synchronize=lambda: time.sleep(max(end - time.monotonic(), 0.0)))
+
+
+def test_the_next_pass_is_launched_before_the_device_is_done(
+    local: LocalLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight clients in two groups: while one group's pass runs the other group comes back."""
+    device, begin = Device(), Lane.__init__
+
+    @contextmanager
+    def launching(self: Lane) -> Iterator[Done]:
+        done = Done()
+        yield done
+        done.event = device.tell()
+
+    def apart(self: Lane, where: torch.device) -> None:
+        begin(self, where)
+        self.apart = True
+
+    monkeypatch.setattr(Lane, "__init__", apart)
+    monkeypatch.setattr(Lane, "launching", launching)
+    monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
+    monkeypatch.setattr("fednano.host.ahead._SECONDS", 0.05)
+    gated = Gated()
+    gated.gate.set()
+    answered: list[float] = []
+
+    async def scene() -> None:
+        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=32)  # four of them
+
+        async def client(number: int) -> None:
+            ask = request(local, [8], seed=number)
+            right = alone(local, ask)
+            for _ in range(4):
+                torch.testing.assert_close(numbers(await batcher.run(ask, str(number))), right)
+                answered.append(time.monotonic())
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(*map(client, range(8)))
+
+    gated.play(scene)
+    early = [told < done for (_, done), (told, _) in itertools.pairwise(device.passes)]
+    assert sum(early) >= 3, device.passes
+    assert not any(early[:1])  # how long a pass takes is not known before the first has ended
+    assert all(told > done - 0.15 for (_, done), (told, _) in itertools.pairwise(device.passes))
+    assert min(answered) >= device.passes[0][1]  # nobody is answered before the device is done
+    spent = gated.stats.get("pass_milliseconds") / gated.stats.get("batches")
+    assert 150 < spent < 350  # the time behind the pass before is not counted
+
+
+def test_an_error_of_the_device_is_told_to_those_it_concerns(
+    local: LocalLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Lane.__init__
+
+    @contextmanager
+    def launching(self: Lane) -> Iterator[Done]:
+        done = Done()
+        yield done
+
+        def fail() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        done.event = SimpleNamespace(synchronize=fail)  # type: ignore[assignment]
+
+    def apart(self: Lane, where: torch.device) -> None:
+        begin(self, where)
+        self.apart = True
+
+    monkeypatch.setattr(Lane, "__init__", apart)
+    gated = Gated()
+    gated.gate.set()
+
+    async def scene() -> None:
+        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512)
+        with monkeypatch.context() as patched:
+            patched.setattr(Lane, "launching", launching)
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                await batcher.run(request(local, [8]), "a")
+        await batcher.run(request(local, [8]), "a")
+
+    gated.play(scene)
+    assert gated.stats.get("waiting") == 0
 
 
 def test_what_does_not_fit_into_memory_together_is_computed_alone(
