@@ -2,8 +2,7 @@
 
 While all workers are busy requests wait, and a worker that becomes free takes as many waiting ones as fit into one
 batch. Samples of a batch never attend to each other, so each reply equals that of the lone request up to the rounding
-of matrix products of another shape. Turns go round the clients, one request each, so a client that sends much cannot
-crowd out one that sends little.
+of matrix products of another shape. Turns go round the clients (`fednano.host.turns`).
 
 On a GPU a pass over few tokens takes as long as one over many, since it is the reading of the weights that takes the
 time. Clients that have just been answered come back in a moment; a worker that is free and finds but few tokens
@@ -17,9 +16,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any, TypeAlias, TypeVar
@@ -28,19 +27,18 @@ import torch
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.host.ahead import Ahead
-from fednano.host.jobs import Compute, Job, compute_jobs
+from fednano.host.jobs import Compute, Job
 from fednano.host.lane import Done, Lane
 from fednano.host.logs import event
 from fednano.host.pool import ComputePool
 from fednano.host.stats import Stats
+from fednano.host.turns import Ask, Turns, Waiting
 from fednano.models.language import LocalLLM
 
-__all__ = ["Ask", "StepBatcher", "for_caller"]
+__all__ = ["StepBatcher", "for_caller"]
 
 log = logging.getLogger(__name__)
 
-_STRETCH = 1.5
-"""A sample is padded to at most this multiple of its own request's length, so padding never outweighs the gain."""
 _ENOUGH_TOKENS = 1024
 """With so many tokens a pass is bound by arithmetic on the GPUs of today, and more company gains little."""
 _SHARE_OF_A_PASS = 0.5
@@ -51,52 +49,11 @@ _Found: TypeAlias = "Callable[[], Any] | Exception"
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A step as its header announces it.
-
-    Attributes:
-        objective: name of the token loss.
-        want_gradient: whether to go backward.
-        lengths: tokens of each sample.
-        prepare: makes the job of the received bytes; raises what is wrong with them.
-        request: its name, for the log.
-        compute: computes such steps, several at a time.
-    """
-
-    objective: str
-    want_gradient: bool
-    lengths: Sequence[int]
-    prepare: Callable[[], Job]
-    request: str = ""
-    compute: Compute = compute_jobs
-
-
-@dataclass(frozen=True)
 class _Answered:
     """When a client was answered last, and how long it usually takes to come back, in seconds."""
 
     at: float
     gap: float = 0.0
-
-
-@dataclass
-class _Waiting:
-    ask: Ask
-    reply: asyncio.Future[Callable[[], Any]]
-    job: Job | None = None
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def samples(self) -> int:
-        return len(self.ask.lengths)
-
-    @property
-    def longest(self) -> int:
-        return max(self.ask.lengths)
-
-    @property
-    def kind(self) -> tuple[Compute, str, bool]:
-        return self.ask.compute, self.ask.objective, self.ask.want_gradient
 
 
 class StepBatcher:
@@ -127,12 +84,11 @@ class StepBatcher:
             raise ConfigError(f"batch_tokens: got {batch_tokens}, expected 0 or more")
         if not linger_seconds >= 0:
             raise ConfigError(f"linger: got {linger_seconds} s, expected 0 or more")
-        self._llm, self._pool, self._stats, self._tokens = llm, pool, stats, batch_tokens
+        self._llm, self._pool, self._stats = llm, pool, stats
         self._linger = linger_seconds if batch_tokens else 0.0
         self._lane = Lane(llm.device)
         self._ahead = Ahead(self._launch_ahead)
-        # By client; the next turn is the first's.
-        self._waiting: OrderedDict[str, deque[_Waiting]] = OrderedDict()
+        self._turns = Turns(batch_tokens)
         self._running: set[asyncio.Task[None]] = set()
         self._answered: OrderedDict[str, _Answered] = OrderedDict()
         self._pass_seconds = self._free_since = 0.0
@@ -151,14 +107,14 @@ class StepBatcher:
             HostRefused: the numbers are not acceptable.
             ConfigError: unknown objective.
         """
-        request = _Waiting(ask, asyncio.get_running_loop().create_future())
+        request = Waiting(ask, asyncio.get_running_loop().create_future())
         if self._lane.apart:
             request.job = await self._pool.carry(lambda: self._carry(ask.prepare))
             request.since = time.monotonic()
         self._came_back(client, request.since)
         self._stats.add("waiting")
         try:
-            self._waiting.setdefault(client, deque()).append(request)
+            self._turns.add(client, request)
             self._start()
             finish = await request.reply
             await self._launched()
@@ -200,11 +156,11 @@ class StepBatcher:
             if (pause := self._pause()) > 0:
                 self._timer = asyncio.get_running_loop().call_later(pause, self._start)
                 return
-            if not (batch := self._take()):
+            if not (batch := self._turns.take()):
                 return
             self._begin(batch)
 
-    def _begin(self, batch: list[_Waiting]) -> None:
+    def _begin(self, batch: list[Waiting]) -> None:
         task = asyncio.create_task(self._compute(batch))
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -212,65 +168,31 @@ class StepBatcher:
     def _launch_ahead(self) -> None:
         """Begin the next pass behind the one that the device is about to end with, if enough waits for it."""
         alone = self._pool.workers == len(self._running) == 1
-        if self._lane.apart and alone and self._quiet.is_set() and self._waiting_tokens() >= _ENOUGH_TOKENS:
-            self._begin(self._take())
+        if self._lane.apart and alone and self._quiet.is_set() and self._turns.tokens >= _ENOUGH_TOKENS:
+            self._begin(self._turns.take())
 
     def _pause(self) -> float:
         """Seconds to wait for clients that were answered a moment ago; 0 to begin."""
         linger = min(self._linger, _SHARE_OF_A_PASS * self._pass_seconds)
         if linger <= 0:
             return 0.0
-        waiting = {
-            client: [request for request in queue if not request.reply.done()]
-            for client, queue in self._waiting.items()
-        }
-        if not 0 < self._waiting_tokens() < _ENOUGH_TOKENS:
+        if not 0 < self._turns.tokens < _ENOUGH_TOKENS:
             return 0.0
-        here = [request for queue in waiting.values() for request in queue]
+        here = self._turns.waiting()
         now = time.monotonic()
         # Latest first: whoever was answered too long ago, and all before, are not waited for.
         recent = takewhile(lambda pair: now - pair[1].at < linger, reversed(self._answered.items()))
-        if all(waiting.get(client) for client, last in recent if last.gap < linger):
+        if all(here.get(client) for client, last in recent if last.gap < linger):
             return 0.0
-        return max(0.0, max(self._free_since, min(request.since for request in here)) + linger - now)
-
-    def _waiting_tokens(self) -> int:
-        here = [request for queue in self._waiting.values() for request in queue if not request.reply.done()]
-        return sum(request.samples * request.longest for request in here)
+        oldest = min(request.since for requests in here.values() for request in requests)
+        return max(0.0, max(self._free_since, oldest) + linger - now)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if not task.cancelled():
             self._start()
 
-    def _take(self) -> list[_Waiting]:
-        """The next batch, in turns over the clients; empty when nobody waits."""
-        batch: list[_Waiting] = []
-        samples, shortest, longest = 0, 0, 0
-        passed = 0
-        while passed < len(self._waiting):  # until no client has a first request that fits
-            client, queue = next(iter(self._waiting.items()))
-            while queue and queue[0].reply.done():  # its caller left
-                queue.popleft()
-            if not queue:
-                del self._waiting[client]
-                continue
-            self._waiting.move_to_end(client)
-            request = queue[0]
-            low, high = min(shortest or request.longest, request.longest), max(longest, request.longest)
-            fits = not batch or (
-                request.kind == batch[0].kind
-                and high <= _STRETCH * low
-                and (samples + request.samples) * high <= self._tokens
-            )
-            if not fits:
-                passed += 1
-                continue
-            batch.append(queue.popleft())
-            samples, shortest, longest, passed = samples + request.samples, low, high, 0
-        return batch
-
-    async def _compute(self, batch: list[_Waiting]) -> None:
+    async def _compute(self, batch: list[Waiting]) -> None:
         self._stats.add("batches")
         if len(batch) > 1:
             self._stats.add("batched_requests", len(batch))
@@ -291,7 +213,7 @@ class StepBatcher:
             self._stats.add("pass_milliseconds", round(1000 * self._pass_seconds))
             self._free_since = time.monotonic()
         self._tell(batch)
-        if self._lane.apart and self._waiting_tokens() >= _ENOUGH_TOKENS:
+        if self._lane.apart and self._turns.tokens >= _ENOUGH_TOKENS:
             # Nobody is waited for then: the next pass comes before these replies, see `_launched`.
             self._running -= {task for task in (asyncio.current_task(),) if task is not None}
             self._start()
@@ -303,7 +225,7 @@ class StepBatcher:
             else:
                 request.reply.set_result(outcome)
 
-    def _tell(self, batch: list[_Waiting]) -> None:
+    def _tell(self, batch: list[Waiting]) -> None:
         event(
             "pass",
             {
@@ -314,7 +236,7 @@ class StepBatcher:
             },
         )
 
-    async def _together(self, batch: list[_Waiting]) -> list[_Found]:
+    async def _together(self, batch: list[Waiting]) -> list[_Found]:
         """One pass for all; if that does not fit into memory, one for each."""
         try:
             return await self._run(batch)
@@ -331,7 +253,7 @@ class StepBatcher:
                 found.append(error)
         return found
 
-    async def _run(self, batch: list[_Waiting]) -> list[_Found]:
+    async def _run(self, batch: list[Waiting]) -> list[_Found]:
         loop = asyncio.get_running_loop()
 
         def launched() -> None:
@@ -346,7 +268,7 @@ class StepBatcher:
         await self._pool.wait(done)
         return found
 
-    def _work(self, batch: list[_Waiting], launched: Callable[[], None]) -> tuple[list[_Found], Done]:
+    def _work(self, batch: list[Waiting], launched: Callable[[], None]) -> tuple[list[_Found], Done]:
         """On a worker: one pass, or where it is computed apart, the telling of it. On a CPU, also what comes before and
         after it."""
         compute = partial(self._pass, batch[0].ask.compute, launched)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fednano import __version__
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import codec
-from fednano.host.batching import Ask, StepBatcher
+from fednano.host.batching import StepBatcher
 from fednano.host.calls import Calls, Context, OtherModelError, SamplesNotKeptError, Trace
 from fednano.host.compute import begin_generation, compute_scores, step_job
 from fednano.host.factored_codec import parts_bytes
@@ -39,6 +39,7 @@ from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.proto import language_host_pb2_grpc as pb_grpc
 from fednano.host.security import TokenVerifier
 from fednano.host.stats import Stats
+from fednano.host.turns import Ask
 from fednano.host.wire import chunk_message, coded_message
 from fednano.models.language import LocalLLM
 

@@ -60,9 +60,14 @@ def certificate_facts(pem: bytes) -> tuple[str, str, datetime]:
     """Common name, serial number in hexadecimal, and end of a certificate.
 
     Raises:
-        ValueError: no certificate, or one without exactly one common name.
+        ValueError: no certificate, or one without exactly one common name, or with a serial number that is not positive
+            (RFC 5280, 4.1.2.2).
     """
     certificate = x509.load_pem_x509_certificate(pem)
+    if certificate.serial_number <= 0:
+        raise ValueError(
+            f"the certificate's serial number is {certificate.serial_number}; expected 1 or more"
+        )
     (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(name.value), f"{certificate.serial_number:x}", certificate.not_valid_after_utc
 

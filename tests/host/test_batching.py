@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 
 from fednano.errors import ConfigError, HostRefused
 from fednano.host import HostLimits, RemoteLLM, codec, serve
-from fednano.host.batching import Ask, StepBatcher
+from fednano.host.batching import StepBatcher
 from fednano.host.compute import step_job
 from fednano.host.jobs import Job, Reply
 from fednano.host.lane import Done, Lane
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.stats import Stats
+from fednano.host.turns import Ask
 from fednano.models.language import LocalLLM
 from fednano.models.passes import Passes
 

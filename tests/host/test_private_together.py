@@ -19,7 +19,7 @@ from test_batching import Gated
 from tiny_host import Batch, make_batch, take_step
 
 from fednano.host import RemoteLLM, codec, private_batching, serve
-from fednano.host.batching import Ask, StepBatcher
+from fednano.host.batching import StepBatcher
 from fednano.host.lane import Lane
 from fednano.host.private_batching import Halves
 from fednano.host.private_compute import (
@@ -32,6 +32,7 @@ from fednano.host.private_compute import (
     private_job,
 )
 from fednano.host.proto import language_host_pb2 as pb
+from fednano.host.turns import Ask
 from fednano.models.language import LocalLLM
 from fednano.models.passes import sample_losses
 from fednano.models.private import HiddenStep
