@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,12 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results import Gate, current_commit, read_results, write_results
+from results import Gate, current_commit, judge_again, read_results, write_results
 
 from fednano.federation.config import BACKENDS, RunConfig
 from fednano.federation.simulation import simulate
 
 RESULTS = Path(__file__).parent / "results" / "main_job.json"
+TRIAL = 0.931, 0.970
+"""FedAvg and training in one place, in the trial of this job that the promise for the default rule was made against."""
 PHASES = ("zero_shot", "federated", "fisher", "local_only", "centralised")
 
 
@@ -50,20 +53,33 @@ def over_seeds(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
 
 
-def write(measured: list[dict[str, Any]], target: Path, jobs: int = 1) -> list[Gate]:
-    """Write rows, their means, and the gates, which speak of the first seed."""
+def gates_of(rows: Sequence[Mapping[str, Any]]) -> list[Gate]:
+    """Promises for the first seed, and for the mean of three or more."""
+    measured = [row for row in rows if row["seed"] != "all"]
+    first = measured[0]
+    found = [
+        Gate("federated accuracy, default seed", first["federated"], 0.90, ">="),
+        Gate("gain over zero-shot, default seed", first["federated"] - first["zero_shot"], 0.15, ">="),
+    ]
+    if len(measured) >= 3:
+        low, high = TRIAL
+        share = (fmean(row["federated"] for row in measured) - low) / (high - low)
+        gap = f"{100 * low:g} to {100 * high:g} %"
+        name = f"share of the trial's gap ({gap}) closed by the default, {len(measured)} seeds"
+        found.append(Gate(name, share, 0.5, ">="))
+    return found
+
+
+def write(measured: list[dict[str, Any]], target: Path, jobs: int = 1) -> None:
+    """Write rows, their means, and the gates."""
     means = {name: over_seeds(measured, name) for name in (*PHASES, "fisher_minus_fedavg")}
     first = measured[0]
     activations = sum(first["bytes"][f"activation_{way}_per_sample_step"] for way in ("up", "down"))
     adapters = sum(first["bytes"][f"adapter_{way}_per_client_round"] for way in ("up", "down"))
     ratio = RunConfig().samples * activations / adapters
-    gates = [
-        Gate("federated accuracy, default seed", first["federated"], 0.90, ">="),
-        Gate("gain over zero-shot, default seed", first["federated"] - first["zero_shot"], 0.15, ">="),
-    ]
     overall = {"seed": "all", **means, "activation_over_adapter_bytes_a_round": ratio}
-    write_results(target, rows=[*measured, overall], gates=gates, hardware={"runs_at_a_time": jobs})
-    return gates
+    rows = [*measured, overall]
+    write_results(target, rows=rows, gates=gates_of(rows), hardware={"runs_at_a_time": jobs})
 
 
 def main() -> int:
@@ -92,7 +108,9 @@ def main() -> int:
             rows.append(done.result())
             rows.sort(key=lambda row: options.seeds.index(row["seed"]))
             write(rows, options.json, options.jobs)
-    gates = write(rows, options.json, options.jobs)
+    if not missing:  # the same rows: only what they are judged by may have changed
+        judge_again(options.json, gates_of)
+    gates = gates_of(rows)
     for gate in gates:
         print(f"{gate.name}: {gate.value:.4f} {gate.sense} {gate.bound}: {'met' if gate.met else 'MISSED'}")
     return 0 if all(gate.met for gate in gates) else 1
