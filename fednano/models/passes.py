@@ -20,6 +20,7 @@ from fednano.adapters.fused import kernels_for
 from fednano.errors import ConfigError
 from fednano.models.blocks import Blocks
 from fednano.models.cuda_graphs import CudaGraphs, Decode
+from fednano.models.cuda_pool import CudaPool
 from fednano.models.images import Images, ImageUse, decoder_inputs
 from fednano.models.layout import Layout, lay_out
 from fednano.models.masks import plain_rows
@@ -81,7 +82,7 @@ class Passes:
                 log.warning("no CUDA graphs: this decoder's rotary embedding changes during a pass")
             else:
                 self.graphs = CudaGraphs(
-                    self._decode, part.hidden_size, self.dtype, self.device, part.max_positions
+                    self._decode, part.hidden_size, self.dtype, self.device, part.max_positions, CudaPool
                 )
 
     def compute(

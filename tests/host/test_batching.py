@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from gated import Gated, alone, numbers, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fednano.errors import ConfigError, HostRefused
-from fednano.host import HostLimits, RemoteLLM, codec, serve
+from fednano.host import RemoteLLM, serve
 from fednano.host.batching import StepBatcher
-from fednano.host.compute import step_job
-from fednano.host.jobs import Job, Reply
-from fednano.host.lane import Done, Lane
-from fednano.host.pool import ComputePool
-from fednano.host.proto import language_host_pb2 as pb
-from fednano.host.stats import Stats
+from fednano.host.jobs import Reply
+from fednano.host.lane import Lane
 from fednano.host.turns import Ask
 from fednano.models.language import LocalLLM
 from fednano.models.passes import Passes
-
-
-def request(
-    llm: LocalLLM, lengths: list[int], *, seed: int = 0, spoil: slice | None = None, **header: Any
-) -> Ask:
-    """A step's request; ``spoil`` are bytes of it that are overwritten with ones."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sum(lengths), llm.hidden_size, generator=generator)
-    labels = torch.randint(0, llm.vocab_size, (sum(lengths),), generator=generator, dtype=torch.int32)
-    packed, data = codec.pack(rows, torch.float32, lengths)
-    fields = {"objective": "cross_entropy", "want_gradient": True} | header
-    buffer = codec.Assembler(len(data) + labels.numel() * 4, "test")
-    buffer.add(bytes(data))
-    buffer.add(bytes(codec.raw(labels)))
-    if spoil is not None:
-        buffer._memory[spoil] = 127 if spoil.start else 255
-    step = pb.StepHeader(embeds=packed, **fields)
-    return Ask(step.objective, step.want_gradient, lengths, lambda: step_job(llm, step, buffer))
-
-
-def numbers(reply: Reply) -> tuple[torch.Tensor, torch.Tensor]:
-    result, (data,) = reply
-    gradient = codec.decode(torch.frombuffer(bytearray(data), dtype=torch.uint8).numpy(), torch.float32)
-    return torch.tensor(list(result.losses)), gradient
-
-
-def alone(llm: LocalLLM, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model itself answers."""
-    job = ask.prepare()
-    losses, gradient = llm.loss_and_gradient(job.x, job.mask, job.labels, job.objective, True)
-    assert gradient is not None
-    return losses, gradient[job.mask].flatten()
 
 
 def together(llm: LocalLLM, asks: list[Ask]) -> list[Reply | Exception]:
@@ -106,35 +67,6 @@ def test_a_bad_request_is_refused_alone(local: LocalLLM) -> None:
         torch.testing.assert_close(numbers(reply), alone(local, good), rtol=1e-4, atol=1e-6)
     (unknown,) = together(local, [request(local, [4], objective="no-such-loss")])
     assert isinstance(unknown, ConfigError)
-
-
-class Gated:
-    """A pool whose jobs wait at a gate, so that requests pile up as the test wants."""
-
-    def __init__(self, workers: int = 1) -> None:
-        self.stats = Stats()
-        self.pool = ComputePool(HostLimits(), self.stats, workers=workers)
-        self.gate = threading.Event()
-        run = self.pool.run
-
-        async def gated(job: Callable[[], Any]) -> Any:
-            def wait() -> Any:
-                assert self.gate.wait(30)
-                return job()
-
-            return await run(wait)
-
-        self.pool.run = gated  # type: ignore[method-assign]
-
-    def play(self, scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        async def whole() -> None:
-            try:
-                await asyncio.wait_for(scene(), 60)
-            finally:
-                self.gate.set()
-                await self.pool.close()
-
-        asyncio.run(whole())
 
 
 def test_what_waits_together_is_computed_together_in_turns(local: LocalLLM) -> None:
@@ -243,156 +175,6 @@ def test_nobody_waits_for_a_client_that_stays_away(local: LocalLLM) -> None:
 
     gated.play(scene)
     assert pauses == {"slow": 0.0, "fast": 1.0}
-
-
-def test_replies_go_out_when_the_next_pass_is_launched(
-    local: LocalLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside a device that needs the interpreter on the way there only, and with enough waiting for a full pass."""
-    events: list[str] = []
-    whole, begin = Passes.compute, Lane.__init__
-
-    def watched(self: Passes, embeds: torch.Tensor, *rest: Any) -> Any:
-        *batch, launched = rest
-        events.append(f"begin {len(embeds)}")
-        time.sleep(0.05)
-        events.append(f"launched {len(embeds)}")
-        launched()
-        time.sleep(0.05)
-        return whole(self, embeds, *batch)
-
-    def apart(self: Lane, device: torch.device) -> None:
-        begin(self, device)
-        self.apart = True
-
-    monkeypatch.setattr(Passes, "compute", watched)
-    monkeypatch.setattr(Lane, "__init__", apart)
-    monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
-    gated = Gated()
-    gated.gate.set()
-
-    def told(ask: Ask, name: str) -> Ask:
-        def prepare() -> Job:
-            job = ask.prepare()
-
-            def finish(*outcome: Any) -> Reply:
-                events.append(f"reply {name}")
-                return job.finish(*outcome)
-
-            return replace(job, finish=finish)
-
-        return replace(ask, prepare=prepare)
-
-    async def scene() -> None:
-        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512)
-        first = asyncio.create_task(batcher.run(told(request(local, [8]), "first"), "first"))
-        while not events:
-            await asyncio.sleep(0.005)
-        asks = [told(request(local, [8], seed=i), "second") for i in range(3)]
-        second = [asyncio.create_task(batcher.run(ask, str(i))) for i, ask in enumerate(asks)]
-        replies = await asyncio.gather(first, *second)
-        monkeypatch.undo()
-        for i, reply in enumerate(replies[1:]):
-            torch.testing.assert_close(numbers(reply), alone(local, request(local, [8], seed=i)))
-
-    gated.play(scene)
-    assert events == ["begin 1", "launched 1", "begin 3", "launched 3", "reply first", *["reply second"] * 3]
-
-
-class Device:
-    """Does what it is told one after the other, a fifth of a second each, while whoever told it goes on."""
-
-    def __init__(self) -> None:
-        self.free = 0.0
-        self.passes: list[tuple[float, float]] = []  # told, done
-
-    def tell(self) -> Any:
-        told = time.monotonic()
-        self.free = end = max(told, self.free) + 0.2
-        self.passes.append((told, end))
-        return SimpleNamespace(synchronize=lambda: time.sleep(max(end - time.monotonic(), 0.0)))
-
-
-def test_the_next_pass_is_launched_before_the_device_is_done(
-    local: LocalLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eight clients in two groups: while one group's pass runs the other group comes back."""
-    device, begin = Device(), Lane.__init__
-
-    @contextmanager
-    def launching(self: Lane) -> Iterator[Done]:
-        done = Done()
-        yield done
-        done.event = device.tell()
-
-    def apart(self: Lane, where: torch.device) -> None:
-        begin(self, where)
-        self.apart = True
-
-    monkeypatch.setattr(Lane, "__init__", apart)
-    monkeypatch.setattr(Lane, "launching", launching)
-    monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
-    monkeypatch.setattr("fednano.host.ahead._SECONDS", 0.05)
-    gated = Gated()
-    gated.gate.set()
-    answered: list[float] = []
-
-    async def scene() -> None:
-        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=32)  # four of them
-
-        async def client(number: int) -> None:
-            ask = request(local, [8], seed=number)
-            right = alone(local, ask)
-            for _ in range(4):
-                torch.testing.assert_close(numbers(await batcher.run(ask, str(number))), right)
-                answered.append(time.monotonic())
-                await asyncio.sleep(0.01)
-
-        await asyncio.gather(*map(client, range(8)))
-
-    gated.play(scene)
-    early = [told < done for (_, done), (told, _) in itertools.pairwise(device.passes)]
-    assert sum(early) >= 3, device.passes
-    assert not any(early[:1])  # how long a pass takes is not known before the first has ended
-    assert all(told > done - 0.15 for (_, done), (told, _) in itertools.pairwise(device.passes))
-    assert min(answered) >= device.passes[0][1]  # nobody is answered before the device is done
-    spent = gated.stats.get("pass_milliseconds") / gated.stats.get("batches")
-    assert 150 < spent < 350  # the time behind the pass before is not counted
-
-
-def test_an_error_of_the_device_is_told_to_those_it_concerns(
-    local: LocalLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin = Lane.__init__
-
-    @contextmanager
-    def launching(self: Lane) -> Iterator[Done]:
-        done = Done()
-        yield done
-
-        def fail() -> None:
-            raise RuntimeError("an illegal memory access was encountered")
-
-        done.event = SimpleNamespace(synchronize=fail)  # type: ignore[assignment]
-
-    def apart(self: Lane, where: torch.device) -> None:
-        begin(self, where)
-        self.apart = True
-
-    monkeypatch.setattr(Lane, "__init__", apart)
-    gated = Gated()
-    gated.gate.set()
-
-    async def scene() -> None:
-        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512)
-        with monkeypatch.context() as patched:
-            patched.setattr(Lane, "launching", launching)
-            with pytest.raises(RuntimeError, match="illegal memory access"):
-                await batcher.run(request(local, [8]), "a")
-        await batcher.run(request(local, [8]), "a")
-
-    gated.play(scene)
-    assert gated.stats.get("waiting") == 0
 
 
 def test_what_does_not_fit_into_memory_together_is_computed_alone(

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from gated import Gated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_batching import Gated
 from tiny_host import Batch, make_batch, take_step
 
 from fednano.host import RemoteLLM, codec, private_batching, serve
