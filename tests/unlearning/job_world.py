@@ -16,9 +16,12 @@ from fednano.security.canonical import sha256_hex
 from fednano.security.keys import Signer, create_key
 from fednano.unlearning.jobs.desk import Desk
 from fednano.unlearning.jobs.holdings import Holding, choose
+from fednano.unlearning.jobs.job import Job
 from fednano.unlearning.jobs.place import Place
 from fednano.unlearning.jobs.request import Plan, sign_request
 from fednano.unlearning.jobs.runner import Result, Round, Task
+from fednano.unlearning.jobs.states import State
+from fednano.unlearning.jobs.work import work
 
 SITES = ("client-000", "client-001")
 
@@ -145,3 +148,18 @@ class World:
 
     def adapter(self) -> bytes:
         return self.place.adapter()[1]
+
+
+def submit(world: World, **request: Any) -> Job:
+    """A job of this request, as it stands after submission."""
+    return world.desk.submit(world.request(**request), actor="test")[0]
+
+
+def committed(world: World, **request: Any) -> Job:
+    """A job of this request that was worked on and committed."""
+    job = submit(world, **request)
+    assert job.state is State.QUEUED, job.note
+    work(world.desk, FakeRunner(), world.server)
+    job = world.desk.store.job(job.id)
+    assert job.state is State.COMMITTED, job.note
+    return job
