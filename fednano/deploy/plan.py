@@ -41,17 +41,43 @@ buffered-bytes = 1073741824
 
 @dataclass(frozen=True)
 class HostSettings:
-    """How the server runs its language host; see ``fednano host --help``."""
+    """How the server runs its language host: options of ``fednano host`` by their names, which its help explains.
+
+    What is ``None`` or empty is left to the host, which knows its device.
+    """
 
     model: str = "tiny"
     device: str = "cpu"
+    device_map: str = ""
     dtype: str = "float32"
+    weights: str = ""
     workers: int = 2
     threads: int = 1
-    batch_tokens: int = 0
-    device_map: str = ""
-    weights: str = ""
+    batch_tokens: int | None = None
+    linger_ms: float | None = None
+    compile: bool = False
+    cuda_graphs: bool = False
+    memory_gb: float | None = None
+    keep_bytes: int | None = None
+    keep_disk_bytes: int | None = None
+    keep_gpu_bytes: int | None = None
+    keep_graphs: int | None = None
+    max_batch: int | None = None
+    max_tokens: int | None = None
+    max_new_tokens: int | None = None
+    max_requests: int | None = None
     log_format: str = "text"
+
+    def options(self) -> list[str]:
+        """As words of a command line."""
+        words: list[str] = []
+        for spec in fields(self):
+            value, name = getattr(self, spec.name), f"--{spec.name.replace('_', '-')}"
+            if value is True:
+                words.append(name)
+            elif value is not None and value is not False and value != "":  # a 0 is said
+                words += [name, str(value)]
+        return words
 
 
 @dataclass(frozen=True)
@@ -191,12 +217,14 @@ def _known(values: Mapping[str, Any], known: set[str], where: str, prefix: str) 
 
 
 def _typed(kind: type[Plan] | type[HostSettings], values: dict[str, Any], where: str) -> dict[str, Any]:
-    types = {"str": str, "int": int}
+    types = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     for spec in fields(kind):
-        wanted = types.get(str(spec.type))
-        if spec.name in values and wanted is not None and type(values[spec.name]) is not wanted:
+        wanted = types.get(str(spec.type).removesuffix(" | None"))
+        # Exactly: True is an int, too.
+        if spec.name in values and wanted is not None and type(values[spec.name]) not in wanted:
+            expected = wanted[-1].__name__
             raise ConfigError(
-                f"{where}: {spec.name.replace('_', '-')} is {values[spec.name]!r}; expected {wanted.__name__}."
+                f"{where}: {spec.name.replace('_', '-')} is {values[spec.name]!r}; expected {expected}."
             )
     return values
 

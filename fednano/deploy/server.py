@@ -83,15 +83,11 @@ def _superlink(place: ServerPlace, port: int) -> list[str]:
 
 
 def _host(place: ServerPlace, plan: Plan, metrics: int) -> list[str]:
-    host = plan.host
     return command(
         "fednano.host",
-        *("--model", host.model, "--listen", f"{plan.listen}:{plan.host_port}", "--server", str(place.root)),
-        *("--device", host.device, "--dtype", host.dtype, "--workers", str(host.workers)),
-        *("--threads", str(host.threads), "--batch-tokens", str(host.batch_tokens)),
-        *(("--device-map", host.device_map) if host.device_map else ()),
-        *(("--weights", host.weights) if host.weights else ()),
-        *("--metrics", f"127.0.0.1:{metrics}", "--log-level", "INFO", "--log-format", host.log_format),
+        *plan.host.options(),
+        *("--listen", f"{plan.listen}:{plan.host_port}", "--server", str(place.root)),
+        *("--metrics", f"127.0.0.1:{metrics}", "--log-level", "INFO"),
     )
 
 
