@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fednano.errors import ConfigError, did_you_mean
+from fednano.errors import ConfigError
+from fednano.host_settings import HostSettings, known_keys, right_kinds
 from fednano.security.authority import SERVER
 from fednano.security.keys import check_name
 from fednano.security.tokens import Allowance
@@ -37,47 +38,6 @@ open-calls = 32
 request-bytes = 268435456
 buffered-bytes = 1073741824
 """
-
-
-@dataclass(frozen=True)
-class HostSettings:
-    """How the server runs its language host: options of ``fednano host`` by their names, which its help explains.
-
-    What is ``None`` or empty is left to the host, which knows its device.
-    """
-
-    model: str = "tiny"
-    device: str = "cpu"
-    device_map: str = ""
-    dtype: str = "float32"
-    weights: str = ""
-    workers: int = 2
-    threads: int = 1
-    batch_tokens: int | None = None
-    linger_ms: float | None = None
-    compile: bool = False
-    cuda_graphs: bool = False
-    memory_gb: float | None = None
-    keep_bytes: int | None = None
-    keep_disk_bytes: int | None = None
-    keep_gpu_bytes: int | None = None
-    keep_graphs: int | None = None
-    max_batch: int | None = None
-    max_tokens: int | None = None
-    max_new_tokens: int | None = None
-    max_requests: int | None = None
-    log_format: str = "text"
-
-    def options(self) -> list[str]:
-        """As words of a command line."""
-        words: list[str] = []
-        for spec in fields(self):
-            value, name = getattr(self, spec.name), f"--{spec.name.replace('_', '-')}"
-            if value is True:
-                words.append(name)
-            elif value is not None and value is not False and value != "":  # a 0 is said
-                words += [name, str(value)]
-        return words
 
 
 @dataclass(frozen=True)
@@ -154,8 +114,8 @@ class Plan:
         known = {spec.name for spec in fields(cls)} - {"host", "limits"}
         ours = {"name", "sites", "certificate_days"}
         values = {
-            **_known(top, ours, where, ""),
-            **_known(server, known - ours, where, "server."),
+            **known_keys(top, ours, where, ""),
+            **known_keys(server, known - ours, where, "server."),
         }
         for name in ("name", "sites", "names"):
             if name not in values:
@@ -165,11 +125,11 @@ class Plan:
                 raise ConfigError(f"{where}: {name} is {values[name]!r}; expected a list of texts.")
             values[name] = tuple(values[name])
         return cls(
-            **_typed(cls, values, where),
-            host=HostSettings(
-                **_typed(HostSettings, _known(host, _names(HostSettings), where, "host."), where)
+            **right_kinds(cls, values, where),
+            host=HostSettings.from_mapping(host, where, "host."),
+            limits=Allowance(
+                **known_keys(limits, {spec.name for spec in fields(Allowance)}, where, "limits.")
             ),
-            limits=Allowance(**_known(limits, _names(Allowance), where, "limits.")),
         )
 
     @property
@@ -196,37 +156,10 @@ class Plan:
         return cls(**values)
 
 
-def _names(kind: type[HostSettings] | type[Allowance]) -> set[str]:
-    return {spec.name for spec in fields(kind)}
-
-
 def _table(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: {name} is {value!r}; expected a table [{name}].")
     return value
-
-
-def _known(values: Mapping[str, Any], known: set[str], where: str, prefix: str) -> dict[str, Any]:
-    renamed = {key.replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(renamed) - known)
-    if unknown:
-        key, *_ = (each.replace("_", "-") for each in unknown)
-        hint = did_you_mean(key, (each.replace("_", "-") for each in known))
-        raise ConfigError(f"{where} has the unknown key {prefix}{key}.{hint}")
-    return renamed
-
-
-def _typed(kind: type[Plan] | type[HostSettings], values: dict[str, Any], where: str) -> dict[str, Any]:
-    types = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    for spec in fields(kind):
-        wanted = types.get(str(spec.type).removesuffix(" | None"))
-        # Exactly: True is an int, too.
-        if spec.name in values and wanted is not None and type(values[spec.name]) not in wanted:
-            expected = wanted[-1].__name__
-            raise ConfigError(
-                f"{where}: {spec.name.replace('_', '-')} is {values[spec.name]!r}; expected {expected}."
-            )
-    return values
 
 
 def _bracketed(host: str) -> str:

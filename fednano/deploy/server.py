@@ -85,7 +85,7 @@ def _superlink(place: ServerPlace, port: int) -> list[str]:
 def _host(place: ServerPlace, plan: Plan, metrics: int) -> list[str]:
     return command(
         "fednano.host",
-        *plan.host.options(),
+        *("--model", plan.host.model, *plan.host.options()),
         *("--listen", f"{plan.listen}:{plan.host_port}", "--server", str(place.root)),
         *("--metrics", f"127.0.0.1:{metrics}", "--log-level", "INFO"),
     )

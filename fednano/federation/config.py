@@ -207,6 +207,10 @@ class RunConfig:
         0,
         "most tokens of a batch of several clients' steps on the run's host; 0 = each alone, same bits always",
     )
+    host_options: str = _setting(
+        "",
+        "further options of the host that the run starts: 'dtype=\"bfloat16\" compile=true'; see `fednano host --help`",
+    )
     device: str = _setting("cpu", "device of encoder and adapters: 'cpu' or 'cuda'")
     threads: int = _setting(1, "torch threads per process; more threads can change the last bits")
     gather_samples: int = _setting(

@@ -13,7 +13,9 @@ from fednano.federation.config import RunConfig
 from fednano.federation.enrolled import own_ticket, place_of
 from fednano.federation.messages import HostTicket
 from fednano.federation.model import connect
+from fednano.federation.recipe import parse_settings
 from fednano.host import HostProcess, RemoteLLM, host_command, new_token
+from fednano.host_settings import HostSettings
 from fednano.runs import RunView
 
 __all__ = ["open_host"]
@@ -46,17 +48,7 @@ def open_host(config: RunConfig, view: RunView, log: Path, run: str) -> Iterator
         yield replace(ticket, fingerprint=fingerprint)
         return
     token = new_token()
-    options = [
-        "--workers",
-        str(config.host_workers),
-        "--threads",
-        str(config.threads),
-        "--batch-tokens",
-        str(config.host_batch_tokens),
-        "--device",
-        config.device,
-    ]
-    command = host_command(config.model, *options)
+    command = host_command(config.model, *settings_of(config).options())
     with HostProcess(command, tokens=[token], log=log) as host:
         view.message(
             f"language host: {host.address}, plain text on the loopback interface, this run's token only"
@@ -64,6 +56,23 @@ def open_host(config: RunConfig, view: RunView, log: Path, run: str) -> Iterator
         yield HostTicket(host.address, token=token, fingerprint=host.fingerprint)
         if not host.running:
             raise HostError(f"the language host ended by itself. Its log is {log}.")
+
+
+def settings_of(config: RunConfig) -> HostSettings:
+    """What the host is told that a run starts.
+
+    Raises:
+        ConfigError: ``host-options`` has an unknown name, or a value of another kind.
+    """
+    own = {
+        "workers": config.host_workers,
+        "threads": config.threads,
+        "batch-tokens": config.host_batch_tokens,
+        "device": config.device,
+    }
+    return HostSettings.from_mapping(
+        own | parse_settings(config.host_options, "host-options"), "host-options"
+    )
 
 
 def _outside_ticket(config: RunConfig) -> HostTicket:

@@ -10,6 +10,7 @@ from fednano.data.options import DataOptions
 from fednano.errors import ConfigError
 from fednano.federation.faults import parse_faults
 from fednano.federation.recipe import parse_settings
+from fednano.host_settings import HostSettings
 from fednano.tracking.registry import check_names
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def check_together(config: RunConfig) -> None:
     _check_schedules(config)
     for name in ("adapter_options", "rule_options", "codec_options"):
         parse_settings(getattr(config, name), hyphenated(name))
+    _check_host(config)
     _check_data(config)
     check_names(config.track)
     parse_faults(config.faults)
@@ -138,6 +140,21 @@ def _check_shares(config: RunConfig) -> None:
         raise ConfigError(f"dp-delta is {config.dp_delta}; expected a number below 1, such as 1e-05.")
     if not 0 < config.lr_final <= 1:
         raise ConfigError(f"lr-final is {config.lr_final}; expected a number above 0 and at most 1.")
+
+
+def _check_host(config: RunConfig) -> None:
+    options = parse_settings(config.host_options, "host-options")
+    HostSettings.from_mapping(options, "host-options")
+    if "model" in options:
+        raise ConfigError(
+            "host-options has a model; leave it out: the host serves the run's own, the setting model."
+        )
+    if options and (config.host_address or config.server_dir or config.placement == "local"):
+        other = "placement" if config.placement == "local" else "host-address or server-dir"
+        raise ConfigError(
+            f"host-options are for a host that the run starts itself, and {other} says that it starts none; give them "
+            "to that host, or leave them out."
+        )
 
 
 def _check_data(config: RunConfig) -> None:

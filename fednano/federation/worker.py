@@ -87,6 +87,7 @@ _PASSING = frozenset(
             "keep",
             "metric",
         ),
+        "host-options",
         *("evaluate-clients-every", "secure-aggregation", "secure-threshold", "faults"),
         *("dp", "dp-clip", "dp-noise", "dp-epsilon", "dp-delta"),
     }

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from fednano.deploy.plan import HostSettings, Plan
+from fednano.deploy.plan import Plan
 from fednano.deploy.server import _host
 from fednano.errors import ConfigError
 from fednano.host.options import parser
+from fednano.host_settings import HostSettings
 
 
 def options(**host: Any) -> Any:

@@ -10,9 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from fednano.cli.commands import app
-from fednano.deploy.plan import EXAMPLE, HostSettings, Plan
+from fednano.deploy.plan import EXAMPLE, Plan
 from fednano.deploy.render import FORMATS, render
 from fednano.errors import ConfigError
+from fednano.host_settings import HostSettings
 
 PLAN = Plan("hospitals", ("site-a", "site-b"), ("fl.example.org",), fleet_port=1443, host_port=1444)
 
