@@ -110,6 +110,10 @@ class Pool(Protocol):
         """What was asked of the device until now belongs to this use."""
         ...
 
+    def finish(self) -> None:
+        """Wait until the device has done the last use."""
+        ...
+
 
 class CudaGraphs:
     """The sizes that are recorded, and those that may be.
@@ -211,6 +215,7 @@ class CudaGraphs:
             return True
 
     def _drop(self) -> None:
+        self._pool.finish()  # a pass may still run that was launched before
         self._recorded.clear()
         self._seen.clear()
         self._pool = self._new_pool()
@@ -227,9 +232,7 @@ class CudaGraphs:
             return None
         try:
             found = self._pool.record(self._decode, self._zeros(size))
-        except (
-            Exception
-        ) as error:  # a decoder may ask for what cannot be recorded; then it is told kernel by kernel
+        except Exception as error:  # whatever it is, the decoder can be told kernel by kernel
             log.warning("a pass of %d x %d is not recorded: %s", size.samples, size.tokens, error)
             # What failed in the middle may have left the pool in any state.
             self._drop()

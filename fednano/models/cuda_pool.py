@@ -76,6 +76,11 @@ class CudaPool:
         self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._last.record()
 
+    def finish(self) -> None:
+        """See `Pool.finish`."""
+        if self._last is not None:
+            self._last.synchronize()
+
 
 @dataclass(frozen=True)
 class _Graphs:

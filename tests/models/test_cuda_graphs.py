@@ -67,6 +67,9 @@ class Eager:
     def used(self) -> None:
         self.users.append("used")
 
+    def finish(self) -> None:
+        self.users.append("finish")
+
 
 def recording(total: int = 10**9) -> tuple[LocalLLM, list[Eager]]:
     """A model on the CPU that records its passes, and the pools that it makes."""
@@ -154,6 +157,7 @@ def test_a_batch_that_needs_the_memory_gets_it() -> None:
     step(llm, [20, 20, 20])  # 1,000 + 6,000 do not fit into 0.92 of 8,000 less what is held
     assert len(llm.passes.graphs or ()) == 0
     assert len(pools) == 2
+    assert pools[0].users[-1] == "finish"  # what was launched last may still run
     for _ in range(4):  # more than half of what was there: not again
         step(llm, [8])
     assert pools[1].sizes == []
