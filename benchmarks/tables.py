@@ -53,6 +53,11 @@ def _overall(document: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _spread(mean: float, deviation: float, count: int) -> str:
+    """Mean and standard deviation in percent; one measurement has none."""
+    return _percent(mean) + (f" ± {_percent(deviation)}" if count > 1 else "")
+
+
 def main_job(document: dict[str, Any]) -> str:
     """Accuracy by seed, and the mean."""
     titles = {
@@ -115,7 +120,7 @@ def adapters(document: dict[str, Any]) -> str:
             name,
             options or "defaults",
             f"{own[0]['learning_rate']:g}",
-            f"{_percent(fmean(accuracies))} ± {_percent(stdev(accuracies) if len(own) > 1 else 0.0)}",
+            _spread(fmean(accuracies), stdev(accuracies) if len(own) > 1 else 0.0, len(own)),
             f"{fmean(row['uplink_bytes'] for row in own) / 1e3:.1f}",
             f"{own[0]['trainable']:,}",
             f"{fmean(row['seconds_per_round'] for row in own):.1f}" if timed else "-",
@@ -148,7 +153,7 @@ def _study_of(means: list[dict[str, Any]], clients: int) -> str:
     for rule in sorted({rule for rule, _ in found}):
         rows = [found.get((rule, alpha)) for alpha in alphas]
         cells = [
-            f"{_percent(row['accuracy']['mean'])} ± {_percent(row['accuracy']['sd'])} ({row['seeds']})"
+            _spread(row["accuracy"]["mean"], row["accuracy"]["sd"], row["seeds"]) + f" ({row['seeds']})"
             if row
             else "-"
             for row in rows
