@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import pytest
 import torch
 from gated import Gated, alone, numbers, request
 
+from fednano.host.ahead import Ahead
 from fednano.host.batching import StepBatcher
 from fednano.host.jobs import Job, Reply
 from fednano.host.lane import Done, Lane
@@ -77,31 +78,18 @@ def test_replies_go_out_when_the_next_pass_is_launched(
     assert events == ["begin 1", "launched 1", "begin 3", "launched 3", "reply first", *["reply second"] * 3]
 
 
-class Device:
-    """Does what it is told one after the other, a fifth of a second each, while whoever told it goes on."""
-
-    def __init__(self) -> None:
-        self.free = 0.0
-        self.passes: list[tuple[float, float]] = []  # told, done
-
-    def tell(self) -> Any:
-        told = time.monotonic()
-        self.free = end = max(told, self.free) + 0.2
-        self.passes.append((told, end))
-        return SimpleNamespace(synchronize=lambda: time.sleep(max(end - time.monotonic(), 0.0)))
-
-
 def test_the_next_pass_is_launched_before_the_device_is_done(
     local: LocalLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight clients in two groups: while one group's pass runs the other group comes back."""
-    device, begin = Device(), Lane.__init__
+    begin, ends = Lane.__init__, [threading.Event() for _ in range(2)]
+    told: list[threading.Event] = []
 
     @contextmanager
     def launching(self: Lane) -> Iterator[Done]:
         done = Done()
         yield done
-        done.event = device.tell()
+        told.append(ends[len(told)])
+        done.event = SimpleNamespace(synchronize=told[-1].wait)  # type: ignore[assignment]
 
     def apart(self: Lane, where: torch.device) -> None:
         begin(self, where)
@@ -110,32 +98,72 @@ def test_the_next_pass_is_launched_before_the_device_is_done(
     monkeypatch.setattr(Lane, "__init__", apart)
     monkeypatch.setattr(Lane, "launching", launching)
     monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
-    monkeypatch.setattr("fednano.host.ahead._SECONDS", 0.05)
     gated = Gated()
     gated.gate.set()
-    answered: list[float] = []
+
+    async def until(done: Callable[[], bool]) -> None:
+        while not done():
+            await asyncio.sleep(0.005)
 
     async def scene() -> None:
-        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=32)  # four of them
+        batcher = StepBatcher(local, gated.pool, gated.stats, batch_tokens=512)
+        asks = [request(local, [8], seed=number) for number in range(4)]
+        tasks = [asyncio.create_task(batcher.run(asks[0], "0"))]
+        await until(lambda: len(told) == 1)
+        tasks.append(asyncio.create_task(batcher.run(asks[1], "1")))
+        await until(lambda: gated.stats.get("waiting") == 2)
+        batcher._launch_ahead()  # one waits: too little
+        tasks += [asyncio.create_task(batcher.run(asks[n], str(n))) for n in (2, 3)]
+        await until(lambda: gated.stats.get("waiting") == 4 and batcher._turns.tokens == 24)
+        batcher._launch_ahead()
+        await until(lambda: len(told) == 2)
+        batcher._launch_ahead()  # nobody waits, and two are under way
+        assert gated.stats.get("batches") == 2
+        assert not any(task.done() for task in tasks)
+        ends[0].set()
+        await tasks[0]
+        assert not any(task.done() for task in tasks[1:])  # the device is not done with them
+        ends[1].set()
+        for ask, reply in zip(asks, await asyncio.gather(*tasks), strict=True):
+            torch.testing.assert_close(numbers(reply), alone(local, ask))
 
-        async def client(number: int) -> None:
-            ask = request(local, [8], seed=number)
-            right = alone(local, ask)
-            for _ in range(4):
-                torch.testing.assert_close(numbers(await batcher.run(ask, str(number))), right)
-                answered.append(time.monotonic())
-                await asyncio.sleep(0.01)
+    try:
+        gated.play(scene)
+    finally:
+        for end in ends:
+            end.set()
 
-        await asyncio.gather(*map(client, range(8)))
 
-    gated.play(scene)
-    early = [told < done for (_, done), (told, _) in itertools.pairwise(device.passes)]
-    assert sum(early) >= 3, device.passes
-    assert not any(early[:1])  # how long a pass takes is not known before the first has ended
-    assert all(told > done - 0.15 for (_, done), (told, _) in itertools.pairwise(device.passes))
-    assert min(answered) >= device.passes[0][1]  # nobody is answered before the device is done
-    spent = gated.stats.get("pass_milliseconds") / gated.stats.get("batches")
-    assert 150 < spent < 350  # the time behind the pass before is not counted
+def test_when_a_pass_is_expected_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, timers = 100.0, []
+    loop = SimpleNamespace(
+        call_later=lambda wait, _: timers.append(wait) or SimpleNamespace(cancel=lambda: timers.append("off"))  # type: ignore[func-returns-value]
+    )
+    monkeypatch.setattr("fednano.host.ahead.time.monotonic", lambda: now)
+    monkeypatch.setattr("fednano.host.ahead.asyncio.get_running_loop", lambda: loop)
+    ahead = Ahead(lambda: None)
+    first = ahead.begin(1000)
+    assert timers == []  # how long one takes is not known yet
+    now = 101.0
+    assert ahead.end(first) == 1.0
+    second = ahead.begin(1200)  # 1.2 s, so that it ends at 102.2
+    assert timers == [pytest.approx(1.18)]
+    now = 102.18
+    third = ahead.begin(1200)  # behind it
+    assert timers[1:] == [pytest.approx(0.02 + 1.2 - 0.02)]
+    now = 102.4  # later than expected, and so is what follows
+    assert ahead.end(second) == pytest.approx(1.4)
+    fourth = ahead.begin(1200)
+    assert timers[2:] == ["off", pytest.approx(0.2 + 0.98 + 0.02 + 1.4 - 0.02)]
+    now = 103.6
+    assert ahead.end(third) == pytest.approx(1.2)  # the time behind the second is not counted
+    now = 104.0
+    ahead.end(fourth)
+    timers.clear()
+    ahead.end(ahead.begin(100))  # unlike the last: no telling
+    assert timers == []
+    ahead.begin(100)
+    assert timers == []  # and the last took no time at all
 
 
 def test_an_error_of_the_device_is_told_to_those_it_concerns(
