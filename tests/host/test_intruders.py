@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
 from federation_maker import Made, make_federation
 
 RUN = "20260101-000000-run"
-LIMITS = HostLimits(idle_seconds=1.0, slowest_bytes=20_000, max_buffered_bytes=1 << 20)
+LIMITS = HostLimits(idle_seconds=2.5, slowest_bytes=20_000, max_buffered_bytes=1 << 20)
 
 
 @pytest.fixture(scope="module")
