@@ -45,9 +45,7 @@ def gates(rows: Sequence[Mapping[str, Any]], shape: Shape) -> list[Gate]:
             Gate(f"8 clients over TLS at {long} tokens over the same batch in process", best, 0.90, ">=")
         )
     long_passes = [
-        row
-        for row in pick("pass", samples=16, tokens=long)
-        if row["name"] in ("plain", "compiled", "compiled, CUDA graphs")
+        row for row in pick("pass", samples=16, tokens=long) if row["name"] in ("plain", "compiled")
     ]
     if long_passes:
         best = max(row["useful_tflops"] for row in long_passes)

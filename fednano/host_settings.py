@@ -43,8 +43,10 @@ class HostSettings:
     def options(self) -> list[str]:
         """All but the model, as words of a command line."""
         words: list[str] = []
-        for spec in fields(self)[1:]:
+        for spec in fields(self):
             value, name = getattr(self, spec.name), f"--{spec.name.replace('_', '-')}"
+            if spec.name == "model":
+                continue
             if value is True:
                 words.append(name)
             elif value is not None and value is not False and value != "":  # a 0 is said

@@ -43,12 +43,16 @@ class Ahead:
 
     Args:
         launch: called a moment before a pass is expected to end.
+
+    Attributes:
+        seconds: that the last pass took the device.
+        free: when it ended.
     """
 
     def __init__(self, launch: Callable[[], None]) -> None:
         self._launch = launch
-        self._tokens, self._seconds = 0, 0.0  # of the last pass
-        self._free = self._due = 0.0
+        self._tokens = 0  # of the last pass
+        self.seconds = self.free = self._due = 0.0
 
     def begin(self, tokens: int) -> UnderWay:
         """A pass begins, behind those under way.
@@ -58,7 +62,7 @@ class Ahead:
         """
         now = time.monotonic()
         alike = self._tokens <= _ALIKE * tokens and tokens <= _ALIKE * self._tokens
-        expected = self._seconds * tokens / self._tokens if alike and self._tokens else 0.0
+        expected = self.seconds * tokens / self._tokens if alike and self._tokens else 0.0
         self._due = max(now, self._due) + expected
         timer = None
         if expected:
@@ -66,12 +70,11 @@ class Ahead:
             timer = asyncio.get_running_loop().call_later(wait, self._launch)
         return UnderWay(now, tokens, self._due, timer)
 
-    def end(self, passed: UnderWay) -> float:
-        """A pass has ended, and took the device so many seconds."""
+    def end(self, passed: UnderWay) -> None:
+        """A pass has ended."""
         if passed.timer is not None:
             passed.timer.cancel()
         now = time.monotonic()
-        seconds = now - max(passed.began, self._free)
-        self._free, self._tokens, self._seconds = now, passed.tokens, seconds
+        self.seconds = now - max(passed.began, self.free)
+        self.free, self._tokens = now, passed.tokens
         self._due += now - passed.due  # what follows is as late as this one was
-        return seconds

@@ -91,7 +91,6 @@ class StepBatcher:
         self._turns = Turns(batch_tokens)
         self._running: set[asyncio.Task[None]] = set()
         self._answered: OrderedDict[str, _Answered] = OrderedDict()
-        self._pass_seconds = self._free_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -173,7 +172,7 @@ class StepBatcher:
 
     def _pause(self) -> float:
         """Seconds to wait for clients that were answered a moment ago; 0 to begin."""
-        linger = min(self._linger, _SHARE_OF_A_PASS * self._pass_seconds)
+        linger = min(self._linger, _SHARE_OF_A_PASS * self._ahead.seconds)
         if linger <= 0:
             return 0.0
         if not 0 < self._turns.tokens < _ENOUGH_TOKENS:
@@ -185,7 +184,7 @@ class StepBatcher:
         if all(here.get(client) for client, last in recent if last.gap < linger):
             return 0.0
         oldest = min(request.since for requests in here.values() for request in requests)
-        return max(0.0, max(self._free_since, oldest) + linger - now)
+        return max(0.0, max(self._ahead.free, oldest) + linger - now)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -209,9 +208,8 @@ class StepBatcher:
                 raise
             return
         finally:
-            self._pass_seconds = self._ahead.end(under_way)
-            self._stats.add("pass_milliseconds", round(1000 * self._pass_seconds))
-            self._free_since = time.monotonic()
+            self._ahead.end(under_way)
+            self._stats.add("pass_milliseconds", round(1000 * self._ahead.seconds))
         self._tell(batch)
         if self._lane.apart and self._turns.tokens >= _ENOUGH_TOKENS:
             # Nobody is waited for then: the next pass comes before these replies, see `_launched`.
@@ -232,7 +230,7 @@ class StepBatcher:
                 "requests": [request.ask.request for request in batch],
                 "samples": sum(request.samples for request in batch),
                 "tokens": sum(sum(request.ask.lengths) for request in batch),
-                "ms": round(1000 * self._pass_seconds),
+                "ms": round(1000 * self._ahead.seconds),
             },
         )
 

@@ -115,7 +115,7 @@ class Passes:
         batch = embeds, mask, labels, objective, want_gradient, images, launched
         while (done := self._try(parts, *batch)) is None:
             # The plan was wrong, or others took the memory meanwhile.
-            if self.graphs is not None and self.graphs.let_go():
+            if self._let_go():
                 continue
             parts = smaller(parts, len(lengths), len(self._blocks))
             if not parts:
@@ -172,12 +172,21 @@ class Passes:
         if self._memory is None or self._cost is None:
             return [Part(slice(0, len(lengths)))]
         try:
-            parts = plan(lengths, self._cost, self._free(), len(self._blocks))
+            parts = self._planned(lengths, self._cost)
         except MemoryError:
-            parts = []
-        if len(parts) == 1 or self.graphs is None or not self.graphs.let_go():
-            return parts or plan(lengths, self._cost, self._free(), len(self._blocks))
-        return plan(lengths, self._cost, self._free(), len(self._blocks))
+            if not self._let_go():
+                raise
+            return self._planned(lengths, self._cost)
+        if len(parts) > 1 and self._let_go():
+            return self._planned(lengths, self._cost)
+        return parts
+
+    def _planned(self, lengths: list[int], cost: Cost) -> list[Part]:
+        return plan(lengths, cost, self._free(), len(self._blocks))
+
+    def _let_go(self) -> bool:
+        """Give the memory of recorded passes back; whether there was any."""
+        return self.graphs is not None and self.graphs.let_go()
 
     def _parts_of(self, lengths: list[int]) -> list[Part]:
         """How to cut a batch of which a whole pass may be recorded."""

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import pytest
 import torch
 
 from fednano.host import HostLimits, codec
 from fednano.host.compute import step_job
 from fednano.host.jobs import Reply
+from fednano.host.lane import Lane
 from fednano.host.pool import ComputePool
 from fednano.host.proto import language_host_pb2 as pb
 from fednano.host.stats import Stats
@@ -49,6 +51,17 @@ def alone(llm: LocalLLM, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:
     losses, gradient = llm.loss_and_gradient(job.x, job.mask, job.labels, job.objective, True)
     assert gradient is not None
     return losses, gradient[job.mask].flatten()
+
+
+def computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carrying and computing are done by different threads, as on a GPU."""
+    begin = Lane.__init__
+
+    def apart(self: Lane, device: torch.device) -> None:
+        begin(self, device)
+        self.apart = True
+
+    monkeypatch.setattr(Lane, "__init__", apart)
 
 
 class Gated:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated import Gated, alone, numbers, request
+from gated import Gated, alone, computed_apart, numbers, request
 
 from fednano.host.ahead import Ahead
 from fednano.host.batching import StepBatcher
@@ -29,7 +29,7 @@ def test_replies_go_out_when_the_next_pass_is_launched(
 ) -> None:
     """Beside a device that needs the interpreter on the way there only, and with enough waiting for a full pass."""
     events: list[str] = []
-    whole, begin = Passes.compute, Lane.__init__
+    whole = Passes.compute
 
     def watched(self: Passes, embeds: torch.Tensor, *rest: Any) -> Any:
         *batch, launched = rest
@@ -40,12 +40,8 @@ def test_replies_go_out_when_the_next_pass_is_launched(
         time.sleep(0.05)
         return whole(self, embeds, *batch)
 
-    def apart(self: Lane, device: torch.device) -> None:
-        begin(self, device)
-        self.apart = True
-
     monkeypatch.setattr(Passes, "compute", watched)
-    monkeypatch.setattr(Lane, "__init__", apart)
+    computed_apart(monkeypatch)
     monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
     gated = Gated()
     gated.gate.set()
@@ -81,7 +77,7 @@ def test_replies_go_out_when_the_next_pass_is_launched(
 def test_the_next_pass_is_launched_before_the_device_is_done(
     local: LocalLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, ends = Lane.__init__, [threading.Event() for _ in range(2)]
+    ends = [threading.Event() for _ in range(2)]
     told: list[threading.Event] = []
 
     @contextmanager
@@ -91,11 +87,7 @@ def test_the_next_pass_is_launched_before_the_device_is_done(
         told.append(ends[len(told)])
         done.event = SimpleNamespace(synchronize=told[-1].wait)  # type: ignore[assignment]
 
-    def apart(self: Lane, where: torch.device) -> None:
-        begin(self, where)
-        self.apart = True
-
-    monkeypatch.setattr(Lane, "__init__", apart)
+    computed_apart(monkeypatch)
     monkeypatch.setattr(Lane, "launching", launching)
     monkeypatch.setattr("fednano.host.batching._ENOUGH_TOKENS", 16)
     gated = Gated()
@@ -145,18 +137,21 @@ def test_when_a_pass_is_expected_to_end(monkeypatch: pytest.MonkeyPatch) -> None
     first = ahead.begin(1000)
     assert timers == []  # how long one takes is not known yet
     now = 101.0
-    assert ahead.end(first) == 1.0
+    ahead.end(first)
+    assert ahead.seconds == 1.0
     second = ahead.begin(1200)  # 1.2 s, so that it ends at 102.2
     assert timers == [pytest.approx(1.18)]
     now = 102.18
     third = ahead.begin(1200)  # behind it
     assert timers[1:] == [pytest.approx(0.02 + 1.2 - 0.02)]
     now = 102.4  # later than expected, and so is what follows
-    assert ahead.end(second) == pytest.approx(1.4)
+    ahead.end(second)
+    assert ahead.seconds == pytest.approx(1.4)
     fourth = ahead.begin(1200)
     assert timers[2:] == ["off", pytest.approx(0.2 + 0.98 + 0.02 + 1.4 - 0.02)]
     now = 103.6
-    assert ahead.end(third) == pytest.approx(1.2)  # the time behind the second is not counted
+    ahead.end(third)
+    assert ahead.seconds == pytest.approx(1.2)  # the time behind the second is not counted
     now = 104.0
     ahead.end(fourth)
     timers.clear()
@@ -169,8 +164,6 @@ def test_when_a_pass_is_expected_to_end(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_error_of_the_device_is_told_to_those_it_concerns(
     local: LocalLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Lane.__init__
-
     @contextmanager
     def launching(self: Lane) -> Iterator[Done]:
         done = Done()
@@ -181,11 +174,7 @@ def test_an_error_of_the_device_is_told_to_those_it_concerns(
 
         done.event = SimpleNamespace(synchronize=fail)  # type: ignore[assignment]
 
-    def apart(self: Lane, where: torch.device) -> None:
-        begin(self, where)
-        self.apart = True
-
-    monkeypatch.setattr(Lane, "__init__", apart)
+    computed_apart(monkeypatch)
     gated = Gated()
     gated.gate.set()
 

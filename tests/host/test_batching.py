@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated import Gated, alone, numbers, request
+from gated import Gated, alone, computed_apart, numbers, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,6 @@ from fednano.errors import ConfigError, HostRefused
 from fednano.host import RemoteLLM, serve
 from fednano.host.batching import StepBatcher
 from fednano.host.jobs import Reply
-from fednano.host.lane import Lane
 from fednano.host.turns import Ask
 from fednano.models.language import LocalLLM
 from fednano.models.passes import Passes
@@ -213,9 +212,7 @@ def test_many_clients_over_the_wire_get_what_they_would_get_alone(
     """Also where carrying and computing are done apart, as on a GPU."""
     wrong: list[str] = []
     if apart:
-        monkeypatch.setattr(
-            Lane, "__init__", lambda self, device: self.__dict__.update(_cuda=False, apart=True)
-        )
+        computed_apart(monkeypatch)
     with serve(local, batch_tokens=2048, grace=1.0) as host:
 
         def client(number: int) -> None:
